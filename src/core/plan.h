@@ -1,0 +1,22 @@
+// Problem -> plan: which row, which grid, how much workspace. Pure host arithmetic, tested without
+// a GPU.
+#pragma once
+
+#include <string>
+
+#include "core/problem.h"
+
+namespace anyflash {
+
+/// Decides everything about a validated problem on a device. Throws NotSupported: asked / available
+/// / missing.
+anyflash_plan make_plan(const Problem& problem, const anyflash_device& device);
+
+/// The plan in words: row, grid, shared memory, flops, bytes, the machine's floor.
+std::string explain(const Problem& problem, const anyflash_plan& plan);
+
+/// A GPU of this compute capability as planning sees it. Throws NotSupported for one older than
+/// every row.
+anyflash_device describe_gpu(int compute_capability);
+
+} // namespace anyflash

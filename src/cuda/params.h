@@ -1,0 +1,68 @@
+// Kernel parameters: the one struct that the core fills and the kernels read. Fixed-width types
+// only; compiled by the host compiler and by NVRTC. Offsets are asserted on both sides.
+#pragma once
+
+#if defined(__CUDACC_RTC__)
+using int32_t = int;
+using uint32_t = unsigned int;
+using int64_t = long long;
+using uint64_t = unsigned long long;
+using uint16_t = unsigned short;
+#else
+#include <cstdint>
+#endif
+
+namespace anyflash {
+
+/// Strides of a [batch, seqlen, heads, d] tensor in elements; the last dimension is contiguous.
+struct Strides {
+  int64_t batch;
+  int64_t row;
+  int64_t head;
+};
+
+/// Division by a run-time constant: n / divisor = (n * multiplier) >> (32 + shift) for n < 2^31.
+struct Divisor {
+  uint32_t divisor;
+  uint32_t multiplier;
+  uint32_t shift;
+  uint32_t padding;
+};
+
+/// One forward problem as the kernels see it. Symbols: docs/notation.md.
+struct ForwardParams {
+  const void* q;               // [B, N, H, d], or packed [total_q, H, d]
+  const void* k;               // [B, M, Hk, d]
+  const void* v;               // [B, M, Hk, dv]
+  void* o;                     // [B, N, H, dv]
+  float* lse;                  // [B, H, N], or packed [H, total_q]; null: not wanted
+  const float* alibi_slopes;   // slope of (b, h) at b * alibi_batch + h; null: none
+  const int32_t* cu_seqlens_q; // [B + 1]; null: dense
+  const int32_t* cu_seqlens_k;
+  const int32_t* seqused_q; // [B]; null: all
+  const int32_t* seqused_k;
+  Strides q_strides, k_strides, v_strides, o_strides;
+  int64_t lse_batch;    // elements between sequences of L; 0 when packed
+  int64_t lse_head;     // elements between heads of L
+  int64_t alibi_batch;  // 0: slopes are [H]
+  Divisor query_blocks; // blocks of Br rows a (sequence, head); the largest when packed
+  Divisor heads;        // H
+  Divisor group;        // H / Hk
+  int32_t batch;
+  int32_t seqlen_q; // dense: N; packed: the stated maximum
+  int32_t seqlen_k;
+  int32_t d;
+  int32_t dv;
+  int32_t window_left;  // at most 2^30: unbounded
+  int32_t window_right; // 0: causal
+  float scale_log2;     // scale * log2(e): P = exp2(scale_log2 * S - m)
+  float scale;
+  float softcap;   // 0: off
+  int32_t aligned; // rows of q, k, v, o start on 16 bytes
+  int32_t padding;
+};
+
+static_assert(sizeof(Strides) == 24 && sizeof(Divisor) == 16);
+static_assert(sizeof(ForwardParams) == 10 * 8 + 4 * 24 + 3 * 8 + 3 * 16 + 12 * 4);
+
+} // namespace anyflash
