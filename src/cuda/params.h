@@ -21,13 +21,18 @@ struct Strides {
   int64_t head;
 };
 
-/// Division by a run-time constant: n / divisor = (n * multiplier) >> (32 + shift) for n < 2^31.
+/// Division by a run-time constant, for n < 2^31; made by make_divisor of core/forward_params.h.
 struct Divisor {
   uint32_t divisor;
   uint32_t multiplier;
   uint32_t shift;
   uint32_t padding;
 };
+
+/// n / d.divisor: one high multiplication and one shift.
+constexpr uint32_t divide(uint32_t n, const Divisor& d) {
+  return static_cast<uint32_t>((uint64_t{2 * n} * d.multiplier) >> 32) >> d.shift;
+}
 
 /// One forward problem as the kernels see it. Symbols: docs/notation.md.
 struct ForwardParams {
