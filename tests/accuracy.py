@@ -1,0 +1,282 @@
+"""What a result must meet: the formula in fp64, the standard computation, and the rule.
+
+Works on NumPy arrays and on torch tensors (of any device), so that long cases can be checked on the
+GPU that computed them. Nothing here calls the library: it is the oracle of the library's own
+reference too.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Callable
+
+import numpy as np
+from case_list import Case, Inputs, round_to
+
+LOG2_E = 1.4426950408889634
+
+
+@dataclass
+class Result:
+    """o: [B, N, H, dv] or [total, H, dv]; lse: [B, H, N] or [H, total]. Rows outside every
+    sequence hold NaN: nobody may write there."""
+
+    o: Any
+    lse: Any
+
+
+@dataclass
+class Sequence:
+    """One sequence of a problem: where its rows lie, and how many of them are used."""
+
+    index: int
+    q: slice
+    k: slice
+    used_q: int
+    used_k: int
+
+
+def sequences(case: Case) -> Iterator[Sequence]:
+    first_q = first_k = 0
+    for b, (n, m) in enumerate(case.packed or [(case.q, case.k)] * case.batch):
+        used_q = n if case.seqused_q is None else case.seqused_q[b]
+        used_k = m if case.seqused_k is None else case.seqused_k[b]
+        yield Sequence(b, slice(first_q, first_q + n), slice(first_k, first_k + m), used_q, used_k)
+        if case.packed is not None:
+            first_q, first_k = first_q + n, first_k + m
+
+
+def formula(inputs: Inputs) -> Result:
+    """O and L of the problem in fp64."""
+    return _attention(inputs, "float64", _same, scale_keys_first=False)
+
+
+def standard(inputs: Inputs, dtype: str) -> list[Result]:
+    """The standard computation in `dtype`: every matrix product and every step rounded to it.
+
+    Two orders (the scale on the scores, or on the keys before the product): a result may be as far
+    off as the worse one.
+    """
+
+    def rounded(x: Any) -> Any:
+        if _is_torch(x):
+            return x.to(getattr(sys.modules["torch"], dtype)).to(x.dtype)
+        return round_to(x, dtype)
+
+    return [_attention(inputs, "float32", rounded, first) for first in (False, True)]
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+def _attention(
+    inputs: Inputs, precision: str, rounded: Callable[[Any], Any], scale_keys_first: bool
+) -> Result:
+    case = inputs.case
+    q, k, v = (_cast(x, precision) for x in (inputs.q, inputs.k, inputs.v))
+    o = _full(case.shape_o, np.nan, q)
+    lse_shape = (case.heads, case.shape_q[0]) if case.packed else (case.batch, case.heads, case.q)
+    lse = _full(lse_shape, np.nan, q)
+    for sequence in sequences(case):
+        for h in range(case.heads):
+            at = () if case.packed else (sequence.index,)
+            head_k = h // (case.heads // case.heads_k)
+            slope = _slope(inputs, sequence.index, h)
+            rows, row_lse = _one_head(
+                q[at + (sequence.q, h)][: sequence.used_q],
+                k[at + (sequence.k, head_k)][: sequence.used_k],
+                v[at + (sequence.k, head_k)][: sequence.used_k],
+                case,
+                slope,
+                rounded,
+                scale_keys_first,
+            )
+            out, out_lse = o[at + (sequence.q, h)], lse[at + (h, sequence.q)]
+            out[...] = 0
+            out_lse[...] = -np.inf
+            out[: sequence.used_q] = rows
+            out_lse[: sequence.used_q] = row_lse
+    return Result(o, lse)
+
+
+def _one_head(
+    q: Any,
+    k: Any,
+    v: Any,
+    case: Case,
+    slope: float | None,
+    rounded: Callable[[Any], Any],
+    scale_keys_first: bool,
+) -> tuple[Any, Any]:
+    """q [N, d], k [M, d], v [M, dv] -> O [N, dv], L [N]."""
+    xp = _module(q)
+    if k.shape[0] == 0:
+        return 0, -np.inf
+    if scale_keys_first:
+        s = rounded(q @ rounded(k * case.scale).T)
+    else:
+        s = rounded(rounded(q @ k.T) * case.scale)
+    if case.softcap:
+        s = rounded(xp.tanh(s / case.softcap) * case.softcap)
+    i = _arange(q.shape[0], q)[:, None] + k.shape[0] - q.shape[0]
+    j = _arange(k.shape[0], q)[None, :]
+    if slope is not None:
+        s = rounded(s - slope * _cast(abs(i - j), _precision(q)))
+    left, right = case.window
+    if case.causal:
+        right = 0 if right is None else min(right, 0)
+    visible = (j >= i - left) if left is not None else (j == j)
+    if right is not None:
+        visible = visible & (j <= i + right)
+    s = xp.where(visible, s, _full((), -np.inf, q))
+    m = xp.amax(s, -1)
+    m_finite = xp.where(m == -np.inf, _full((), 0.0, q), m)
+    p = xp.exp(s - m_finite[:, None])
+    total = p.sum(-1)
+    empty = m == -np.inf
+    safe_total = xp.where(empty, _full((), 1.0, q), total)
+    lse = xp.where(empty, m, m_finite + xp.log(safe_total))
+    return rounded(rounded(p / safe_total[:, None]) @ v), lse
+
+
+def _slope(inputs: Inputs, b: int, h: int) -> float | None:
+    slopes = inputs.alibi_slopes
+    if slopes is None:
+        return None
+    return float(slopes[h] if slopes.ndim == 1 else slopes[b, h])
+
+
+def worst_violation(result: Result, inputs: Inputs, dtype: str) -> str | None:
+    """None if `result` meets the rule, else one line: which element, and by how much.
+
+    O: |o - ref| <= factor * max |standard - ref| + the rounding of ref in dtype, and rms within
+    1.25 times; factor 2, with softcap 3 (its tanh is approximate). L: 1e-5 max(1, |ref|) + 2^-20.
+    NaN (rows that nobody may write) and infinities are in the same places.
+    """
+    reference = formula(inputs)
+    peers = standard(inputs, dtype)
+    return (
+        _places_differ("O", result.o, reference.o)
+        or _places_differ("L", result.lse, reference.lse)
+        or _o_violation(result.o, reference.o, [peer.o for peer in peers], inputs.case, dtype)
+        or _lse_violation(result.lse, reference.lse, inputs)
+    )
+
+
+def _places_differ(name: str, x: Any, ref: Any) -> str | None:
+    for kind, of in (("NaN", lambda a: a != a), ("-inf", lambda a: a == -np.inf)):
+        here, there = of(x), of(ref)
+        if bool((here != there).any()):
+            at = _first(here != there)
+            where, other = ("result", "reference") if bool(here[at]) else ("reference", "result")
+            return f"{name}{list(at)} is {kind} in the {where}, not in the {other}"
+    return None
+
+
+def _o_violation(o: Any, ref: Any, peers: list[Any], case: Case, dtype: str) -> str | None:
+    finite = ref == ref
+    if not bool(finite.any()):
+        return None
+    error = abs(_cast(o, "float64") - ref)
+    error = _module(ref).where(finite, error, _full((), 0.0, ref))
+    peer_errors = [abs(_cast(peer, "float64") - ref)[finite] for peer in peers]
+    allowed_max = max(float(e.max()) for e in peer_errors)
+    allowed_rms = max(_rms(e) for e in peer_errors)
+    rounding = abs(_cast(_round_like(ref + 0.3, dtype), "float64") - (ref + 0.3))[finite]
+    factor = 3 if case.softcap else 2
+    limit = factor * allowed_max + 2 * float(rounding.max()) + (3e-4 if case.softcap else 0)
+    worst = float(error.max())
+    if worst > limit:
+        at = _first(error == error.max())
+        return (
+            f"O{list(at)} = {float(o[at])!r}, reference {float(ref[at])!r}: error {worst:.3g}, "
+            f"allowed {limit:.3g}"
+        )
+    # The floor is one rounding of the output and of what lies under float32's own noise.
+    rms_limit = 1.25 * (1.5 if case.softcap else 1) * allowed_rms + _rms(rounding) + 1e-7
+    if _rms(error[finite]) > rms_limit:
+        return f"O: rms error {_rms(error[finite]):.3g}, allowed {rms_limit:.3g}"
+    return None
+
+
+def _lse_violation(lse: Any, ref: Any, inputs: Inputs) -> str | None:
+    """|L - ref| <= 1e-5 max(1, |ref|, the largest |score| term) + 2^-20, where ref is finite."""
+    case = inputs.case
+    finite = (ref == ref) & (ref != -np.inf)
+    if not bool(finite.any()):
+        return None
+    magnitude = _module(ref).where(abs(ref) > 1, abs(ref), _full((), 1.0, ref))
+    limit = 1e-5 * magnitude + 2.0**-20 + (3e-4 * max(1.0, case.softcap) if case.softcap else 0)
+    # Scores carry the rounding of their own size, also where they cancel in the sum.
+    limit = limit + 2.0**-21 * _largest_score(inputs)
+    zero = _full((), 0.0, ref)
+    pick = _module(ref).where
+    excess = abs(pick(finite, _cast(lse, "float64"), zero) - pick(finite, ref, zero)) - limit
+    if float(excess[finite].max()) <= 0:
+        return None
+    at = _first(pick(finite, excess, -limit) == excess[finite].max())
+    return f"L{list(at)} = {float(lse[at])!r}, reference {float(ref[at])!r}: off by too much"
+
+
+def _largest_score(inputs: Inputs) -> float:
+    """An upper bound of sum |q k| scale, from the largest values of a few rows."""
+    q, k = inputs.q, inputs.k
+    q, k = q[q == q], k[k == k]
+    if q.shape[0] == 0 or k.shape[0] == 0:
+        return 0.0
+    largest = float(abs(q).max()) * float(abs(k).max())
+    return largest * inputs.case.d**0.5 * abs(inputs.case.scale)
+
+
+def _rms(x: Any) -> float:
+    return float((x * x).mean()) ** 0.5 if x.shape[0] else 0.0
+
+
+def _first(mask: Any) -> tuple[int, ...]:
+    flat = int(np.argmax(_to_numpy(mask).reshape(-1)))
+    return tuple(int(i) for i in np.unravel_index(flat, tuple(mask.shape)))
+
+
+def _round_like(x: Any, dtype: str) -> Any:
+    if _is_torch(x):
+        return x.to(getattr(sys.modules["torch"], dtype))
+    return round_to(x, dtype)
+
+
+# The few places where NumPy and torch differ.
+
+
+def _is_torch(x: Any) -> bool:
+    return type(x).__module__.partition(".")[0] == "torch"
+
+
+def _module(x: Any) -> Any:
+    return sys.modules["torch"] if _is_torch(x) else np
+
+
+def _precision(x: Any) -> str:
+    return str(x.dtype).rpartition(".")[2]
+
+
+def _cast(x: Any, precision: str) -> Any:
+    return x.to(getattr(sys.modules["torch"], precision)) if _is_torch(x) else x.astype(precision)
+
+
+def _full(shape: tuple[int, ...], value: float, like: Any) -> Any:
+    if _is_torch(like):
+        torch = sys.modules["torch"]
+        return torch.full(shape, value, dtype=like.dtype, device=like.device)
+    return np.full(shape, value, like.dtype)
+
+
+def _arange(count: int, like: Any) -> Any:
+    if _is_torch(like):
+        return sys.modules["torch"].arange(count, device=like.device)
+    return np.arange(count)
+
+
+def _to_numpy(x: Any) -> np.ndarray:
+    return x.cpu().numpy() if _is_torch(x) else x
