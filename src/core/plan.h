@@ -12,6 +12,9 @@ namespace anyflash {
 /// / missing.
 anyflash_plan make_plan(const Problem& problem, const anyflash_device& device);
 
+/// Why the variant `plain` cannot serve this problem; empty if it can.
+std::string why_not_plain(const Problem& problem);
+
 /// The plan in words: row, grid, shared memory, flops, bytes, the machine's floor.
 std::string explain(const Problem& problem, const anyflash_plan& plan);
 

@@ -1,0 +1,234 @@
+// Problem and device -> plan. The GPU's heuristic is the table: the first row that serves.
+#include "core/plan.h"
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#include "core/error.h"
+#include "core/plan_cache.h"
+#include "core/row.h"
+#include "cpu/cpu.h"
+
+namespace anyflash {
+namespace {
+
+using std::to_string;
+
+constexpr int64_t largest_grid = (int64_t{1} << 31) - 1;
+
+std::string dtype_name(DType dtype) {
+  switch (dtype) {
+  case DType::float16:
+    return "float16";
+  case DType::bfloat16:
+    return "bfloat16";
+  case DType::float32:
+    return "float32";
+  case DType::float64:
+    return "float64";
+  }
+  return "?";
+}
+
+std::string op_name(anyflash_op op) { return op == ANYFLASH_FORWARD ? "forward" : "?"; }
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+bool nothing_to_write(const Problem& p) { return p.batch == 0 || p.seqlen_q == 0 || p.heads == 0; }
+
+anyflash_plan empty_plan(const Problem& problem, const anyflash_device& device) {
+  anyflash_plan plan;
+  std::memset(&plan, 0, sizeof plan); // padding too: plans compare by their bytes
+  plan.struct_size = sizeof plan;
+  plan.op = problem.op;
+  plan.device = device;
+  plan.splits = 1;
+  return plan;
+}
+
+// CPU
+
+anyflash_plan plan_on_cpu(const Problem& problem, const anyflash_device& device) {
+  if (problem.dtype == DType::float64)
+    throw NotSupported("asked: " + op_name(problem.op) +
+                       " of float64; available: float32, float16, bfloat16 on the CPU; missing: a "
+                       "tiled algorithm in double (the reference takes float64)");
+  const cpu::Tiling tiling = cpu::tiling(problem);
+  anyflash_plan plan = empty_plan(problem, device);
+  plan.Br = tiling.Br;
+  plan.Bc = tiling.Bc;
+  plan.splits = tiling.splits;
+  if (nothing_to_write(problem)) return plan;
+  anyflash_launch& launch = plan.launches[plan.launch_count++];
+  launch.row = -1;
+  launch.grid[0] = static_cast<uint32_t>(ceil_div(problem.seqlen_q, std::max(tiling.Br, 1)));
+  launch.grid[1] = static_cast<uint32_t>(problem.heads);
+  launch.grid[2] = static_cast<uint32_t>(problem.batch);
+  return plan;
+}
+
+// GPU
+
+/// Families of the table, the newest first: "sm90", "sm80".
+std::vector<std::string_view> families() {
+  std::vector<std::string_view> names;
+  for (const Row& row : rows())
+    if (std::ranges::find(names, row.family) == names.end()) names.push_back(row.family);
+  std::ranges::sort(names, std::greater<>());
+  return names;
+}
+
+bool serves(const Row& row, const Problem& problem, const anyflash_device& device) {
+  const std::string_view image = image_for(device.compute_capability, row.family);
+  return !image.empty() && row.in_image(image) && row.op == op_name(problem.op) &&
+         row.dtype == problem.dtype && problem.d <= row.d && problem.dv <= row.dv &&
+         row.shared_bytes() <= device.shared_bytes &&
+         (row.variant == "general" || why_not_plain(problem).empty());
+}
+
+/// True if row a is the better of two that serve: newer family, plain, then the smaller bucket.
+bool better(const Row& a, const Row& b) {
+  if (a.family != b.family) return a.family > b.family;
+  if (a.variant != b.variant) return a.variant == "plain";
+  if (a.d != b.d) return a.d < b.d;
+  return a.dv < b.dv;
+}
+
+const Row* choose_row(const Problem& problem, const anyflash_device& device) {
+  const Row* best = nullptr;
+  for (const Row& row : rows())
+    if (serves(row, problem, device) && (!best || better(row, *best))) best = &row;
+  return best;
+}
+
+/// The head dims that the table has for this dtype on this GPU: "128x128 general, 128x128 plain".
+std::string available_on(const Problem& problem, const anyflash_device& device) {
+  std::vector<std::string> found;
+  for (const Row& row : rows()) {
+    const std::string_view image = image_for(device.compute_capability, row.family);
+    if (image.empty() || !row.in_image(image) || row.dtype != problem.dtype ||
+        row.shared_bytes() > device.shared_bytes)
+      continue;
+    std::string text = to_string(row.d) + "x" + to_string(row.dv) + " " + std::string(row.variant);
+    if (std::ranges::find(found, text) == found.end()) found.push_back(std::move(text));
+  }
+  std::string all;
+  for (const std::string& text : found) all += (all.empty() ? "" : ", ") + text;
+  return all.empty() ? "none" : all;
+}
+
+anyflash_plan plan_on_gpu(const Problem& problem, const anyflash_device& device) {
+  const std::string gpu = "sm_" + to_string(device.compute_capability);
+  if (problem.dtype != DType::float16 && problem.dtype != DType::bfloat16)
+    throw NotSupported("asked: " + op_name(problem.op) + " of " + dtype_name(problem.dtype) +
+                       " on a GPU (" + gpu +
+                       "); available: float16 and bfloat16 there, float32 on the CPU; missing: "
+                       "kernels for it: convert q, k, v or move them to the CPU");
+  const Row* row = choose_row(problem, device);
+  if (!row)
+    throw NotSupported(
+        "asked: " + op_name(problem.op) + " of " + dtype_name(problem.dtype) + " with head dims " +
+        to_string(problem.d) + "x" + to_string(problem.dv) + " on " + gpu +
+        "; available there: head dims up to " + available_on(problem, device) +
+        "; missing: a row of the kernel table that holds this problem" +
+        (why_not_plain(problem).empty() ? ""
+                                        : " (variant general: " + why_not_plain(problem) + ")"));
+  anyflash_plan plan = empty_plan(problem, device);
+  plan.Br = row->Br;
+  plan.Bc = row->Bc;
+  if (nothing_to_write(problem)) return plan;
+  // Each factor is below 2^31, the product of two below 2^62.
+  const int64_t pairs = problem.heads * problem.batch;
+  const int64_t blocks = ceil_div(problem.seqlen_q, row->Br);
+  if (pairs > largest_grid / blocks)
+    throw NotSupported("asked: " + to_string(blocks) + " query blocks x " +
+                       to_string(problem.heads) + " heads x batch " + to_string(problem.batch) +
+                       "; available: at most 2^31 - 1 blocks a launch; missing: a larger grid: "
+                       "split the batch");
+  anyflash_launch& launch = plan.launches[plan.launch_count++];
+  launch.row = row->id;
+  launch.grid[0] = static_cast<uint32_t>(blocks * pairs);
+  launch.grid[1] = launch.grid[2] = 1;
+  launch.threads = static_cast<uint32_t>(row->threads());
+  launch.shared_bytes = static_cast<uint32_t>(row->shared_bytes());
+  return plan;
+}
+
+/// Largest dynamic shared memory of one block. Source: CUDA programming guide, "Technical
+/// specifications per compute capability"; an unknown newer GPU counts as a small one.
+int shared_bytes_of(int compute_capability) {
+  switch (compute_capability / 10) {
+  case 8:
+    return (compute_capability == 80 || compute_capability == 87 ? 163 : 99) * 1024;
+  case 9:
+  case 10:
+    return 227 * 1024;
+  default:
+    return 99 * 1024;
+  }
+}
+
+/// Multiprocessors of a typical card of the generation.
+int multiprocessors_of(int compute_capability) {
+  switch (compute_capability) {
+  case 80:
+    return 108; // A100
+  case 86:
+    return 82; // RTX 3090
+  case 87:
+    return 16; // Jetson AGX Orin
+  case 89:
+    return 128; // RTX 4090
+  case 90:
+    return 132; // H100 SXM
+  case 100:
+    return 148; // B200
+  case 120:
+    return 170; // RTX 5090
+  default:
+    return 100;
+  }
+}
+
+} // namespace
+
+std::string why_not_plain(const Problem& problem) {
+  if (problem.mask.left != Mask::unbounded)
+    return "a window to the left of " + to_string(problem.mask.left) + " keys";
+  if (problem.mask.right != Mask::unbounded && problem.mask.right != 0)
+    return "a window to the right of " + to_string(problem.mask.right) + " keys";
+  if (problem.softcap != 0) return "softcap";
+  if (problem.alibi) return "ALiBi";
+  if (!problem.aligned) return "rows of q, k, v or the output that do not start on 16 bytes";
+  return "";
+}
+
+anyflash_plan make_plan(const Problem& problem, const anyflash_device& device) {
+  return cached_plan(problem, device, [&] {
+    return device.type == ANYFLASH_CPU ? plan_on_cpu(problem, device)
+                                       : plan_on_gpu(problem, device);
+  });
+}
+
+anyflash_device describe_gpu(int compute_capability) {
+  const auto known = families();
+  const bool served = std::ranges::any_of(known, [&](std::string_view family) {
+    return !image_for(compute_capability, family).empty();
+  });
+  if (!served)
+    throw NotSupported("asked: a GPU of compute capability " + to_string(compute_capability / 10) +
+                       "." + to_string(compute_capability % 10) +
+                       "; available: 8.0 and newer; missing: kernels for older GPUs");
+  anyflash_device device;
+  std::memset(&device, 0, sizeof device);
+  device.struct_size = sizeof device;
+  device.type = ANYFLASH_CUDA;
+  device.compute_capability = compute_capability;
+  device.multiprocessors = multiprocessors_of(compute_capability);
+  device.shared_bytes = shared_bytes_of(compute_capability);
+  return device;
+}
+
+} // namespace anyflash

@@ -1,0 +1,530 @@
+// The caller's problem -> normal form. Every refusal names the values and what to do about them.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <span>
+#include <string>
+
+#include "core/error.h"
+#include "core/overlap.h"
+#include "core/problem.h"
+
+namespace anyflash {
+namespace {
+
+using std::to_string;
+
+constexpr int64_t longest_sequence = (int64_t{1} << 30) - 1;
+constexpr int64_t largest_count = (int64_t{1} << 31) - 1; // of heads, and of sequences
+constexpr int64_t largest_head_dim = 256;
+// Below this a kernel's scale / softcap could overflow.
+constexpr float smallest_softcap = 1e-20f;
+
+/// A tensor and the name that its owner knows it by.
+struct Named {
+  const anyflash_tensor& tensor;
+  const char* name;
+
+  bool present() const { return tensor.ndim != 0; }
+  int64_t size(int dim) const { return tensor.shape[dim]; }
+};
+
+// Words
+
+std::string dtype_name(int32_t dtype) {
+  switch (dtype) {
+  case ANYFLASH_FLOAT16:
+    return "float16";
+  case ANYFLASH_BFLOAT16:
+    return "bfloat16";
+  case ANYFLASH_FLOAT32:
+    return "float32";
+  case ANYFLASH_FLOAT64:
+    return "float64";
+  case ANYFLASH_INT32:
+    return "int32";
+  }
+  return "unknown (" + to_string(dtype) + ")";
+}
+
+std::string device_name(const anyflash_tensor& tensor) {
+  if (tensor.device_type == ANYFLASH_CPU) return "cpu";
+  if (tensor.device_type == ANYFLASH_CUDA) return "cuda:" + to_string(tensor.device_index);
+  return "device type " + to_string(tensor.device_type);
+}
+
+std::string list(std::span<const int64_t> values) {
+  std::string text = "[";
+  for (size_t i = 0; i < values.size(); ++i) text += (i ? ", " : "") + to_string(values[i]);
+  return text + "]";
+}
+
+std::span<const int64_t> shape_of(const anyflash_tensor& tensor) {
+  return {tensor.shape, static_cast<size_t>(tensor.ndim)};
+}
+
+std::string with_shape(const Named& named) {
+  return std::string(named.name) + " of shape " + list(shape_of(named.tensor));
+}
+
+std::string number(double value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", value);
+  return text;
+}
+
+// Single tensors
+
+void check_present(const Named& named, const char* shape) {
+  if (!named.present())
+    throw InvalidValue(std::string(named.name) + " is missing; it must be a tensor of shape " +
+                       shape);
+}
+
+void check_rank(const Named& named, int rank, const char* shape) {
+  if (named.tensor.ndim != rank)
+    throw InvalidValue(std::string(named.name) + " has " + to_string(named.tensor.ndim) +
+                       " dimensions" +
+                       (named.tensor.ndim >= 1 && named.tensor.ndim <= 4
+                            ? " (" + list(shape_of(named.tensor)) + ")"
+                            : "") +
+                       "; it must have " + to_string(rank) + ": " + shape);
+  for (int dim = 0; dim < rank; ++dim)
+    if (named.size(dim) < 0)
+      throw InvalidValue(with_shape(named) + " has a negative size; sizes must be 0 or more");
+}
+
+void check_shape(const Named& named, std::span<const int64_t> wanted, const std::string& meaning) {
+  if (!std::ranges::equal(shape_of(named.tensor), wanted))
+    throw InvalidValue(std::string(named.name) + " has shape " + list(shape_of(named.tensor)) +
+                       "; it must be " + meaning + " = " + list(wanted));
+}
+
+void check_same_device(const Named& named, const Named& q) {
+  if (named.tensor.device_type != q.tensor.device_type ||
+      named.tensor.device_index != q.tensor.device_index)
+    throw InvalidType(std::string(q.name) + " is on " + device_name(q.tensor) + " but " +
+                      named.name + " is on " + device_name(named.tensor) +
+                      "; all tensors must be on one device: move " + named.name + " to " +
+                      device_name(q.tensor));
+}
+
+void check_same_dtype(const Named& named, const Named& q) {
+  if (named.tensor.dtype != q.tensor.dtype)
+    throw InvalidType(std::string(q.name) + " has dtype " + dtype_name(q.tensor.dtype) + " but " +
+                      named.name + " has dtype " + dtype_name(named.tensor.dtype) +
+                      "; q, k, v and the output must have one dtype: convert " + named.name);
+}
+
+void check_dtype(const Named& named, int32_t dtype) {
+  if (named.tensor.dtype != dtype)
+    throw InvalidType(std::string(named.name) + " has dtype " + dtype_name(named.tensor.dtype) +
+                      "; it must be " + dtype_name(dtype));
+}
+
+void check_last_dim_contiguous(const Named& named) {
+  const int last = named.tensor.ndim - 1;
+  if (named.size(last) > 1 && named.tensor.strides[last] != 1)
+    throw InvalidValue(std::string(named.name) + " has stride " +
+                       to_string(named.tensor.strides[last]) +
+                       " in its last dimension; that dimension must be contiguous (stride 1): "
+                       "copy " +
+                       named.name + " to a contiguous tensor first");
+}
+
+bool is_contiguous(const anyflash_tensor& tensor) {
+  int64_t expected = 1;
+  for (int dim = tensor.ndim - 1; dim >= 0; --dim) {
+    if (tensor.shape[dim] == 0) return true;
+    if (tensor.shape[dim] > 1 && tensor.strides[dim] != expected) return false;
+    expected *= tensor.shape[dim];
+  }
+  return true;
+}
+
+void check_contiguous(const Named& named) {
+  if (!is_contiguous(named.tensor))
+    throw InvalidValue(std::string(named.name) + " has strides " +
+                       list({named.tensor.strides, static_cast<size_t>(named.tensor.ndim)}) +
+                       " for shape " + list(shape_of(named.tensor)) +
+                       "; it must be contiguous: copy it first");
+}
+
+// The problem, part by part
+
+struct Inputs {
+  Named q, k, v, o, lse, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k;
+
+  explicit Inputs(const anyflash_problem& p)
+      : q{p.q, "q"}, k{p.k, "k"}, v{p.v, "v"}, o{p.o, "out"}, lse{p.lse, "lse"},
+        alibi_slopes{p.alibi_slopes, "alibi_slopes"}, cu_seqlens_q{p.cu_seqlens_q, "cu_seqlens_q"},
+        cu_seqlens_k{p.cu_seqlens_k, "cu_seqlens_k"}, seqused_q{p.seqused_q, "seqused_q"},
+        seqused_k{p.seqused_k, "seqused_k"} {}
+};
+
+void check_kinds(const Inputs& in, bool packed) {
+  const int rank = packed ? 3 : 4;
+  const char* q_shape =
+      packed ? "[total_q, heads, d] (packed)" : "[batch, seqlen_q, heads, d] (dense)";
+  const char* k_shape =
+      packed ? "[total_k, heads_k, d] (packed)" : "[batch, seqlen_k, heads_k, d] (dense)";
+  const char* v_shape =
+      packed ? "[total_k, heads_k, dv] (packed)" : "[batch, seqlen_k, heads_k, dv] (dense)";
+  check_present(in.q, q_shape);
+  check_present(in.k, k_shape);
+  check_present(in.v, v_shape);
+  check_rank(in.q, rank, q_shape);
+  check_rank(in.k, rank, k_shape);
+  check_rank(in.v, rank, v_shape);
+
+  const int32_t dtype = in.q.tensor.dtype;
+  if (dtype < ANYFLASH_FLOAT16 || dtype > ANYFLASH_FLOAT64)
+    throw InvalidType("q has dtype " + dtype_name(dtype) +
+                      "; it must be float16, bfloat16 or float32 (on the CPU; float64 for the "
+                      "reference)");
+  check_same_dtype(in.k, in.q);
+  check_same_dtype(in.v, in.q);
+
+  const int32_t device = in.q.tensor.device_type;
+  if (device != ANYFLASH_CPU && device != ANYFLASH_CUDA)
+    throw NotSupported("asked: attention on " + device_name(in.q.tensor) +
+                       "; available: cpu (1) and cuda (2) of DLPack; missing: a backend for it");
+  for (const Named* named : {&in.k, &in.v, &in.o, &in.lse, &in.alibi_slopes, &in.cu_seqlens_q,
+                             &in.cu_seqlens_k, &in.seqused_q, &in.seqused_k})
+    if (named->present()) check_same_device(*named, in.q);
+}
+
+/// Batch, lengths, heads and head dims of q, k, v, which have the right rank.
+void read_shapes(const Inputs& in, Problem& problem) {
+  const int first = problem.packed ? 0 : 1; // the dimension of rows
+  const Named &q = in.q, &k = in.k, &v = in.v;
+  if (!problem.packed) {
+    if (k.size(0) != q.size(0))
+      throw InvalidValue("q has batch " + to_string(q.size(0)) + " but k has batch " +
+                         to_string(k.size(0)) + "; they must be equal");
+    if (v.size(0) != q.size(0))
+      throw InvalidValue("q has batch " + to_string(q.size(0)) + " but v has batch " +
+                         to_string(v.size(0)) + "; they must be equal");
+  }
+  if (v.size(first) != k.size(first))
+    throw InvalidValue("k has " + to_string(k.size(first)) + " rows but v has " +
+                       to_string(v.size(first)) + "; they must be equal");
+  problem.heads = q.size(first + 1);
+  problem.heads_k = k.size(first + 1);
+  problem.d = q.size(first + 2);
+  problem.dv = v.size(first + 2);
+  if (v.size(first + 1) != problem.heads_k)
+    throw InvalidValue("k has " + to_string(problem.heads_k) + " heads but v has " +
+                       to_string(v.size(first + 1)) + "; they must be equal");
+  if (problem.heads_k == 0 ? problem.heads != 0 : problem.heads % problem.heads_k != 0)
+    throw InvalidValue("q has " + to_string(problem.heads) + " heads and k has " +
+                       to_string(problem.heads_k) +
+                       "; the heads of q must be a multiple of the heads of k");
+  if (k.size(first + 2) != problem.d)
+    throw InvalidValue("q has head dim " + to_string(problem.d) + " but k has head dim " +
+                       to_string(k.size(first + 2)) + "; they must be equal");
+  problem.heads_k = std::max<int64_t>(problem.heads_k, 1); // no division by 0 when there is no head
+
+  for (const auto& [size, name] : {std::pair(problem.d, "q and k"), std::pair(problem.dv, "v")})
+    if (size < 1 || size > largest_head_dim)
+      throw NotSupported("asked: head dim " + to_string(size) + " of " + name +
+                         "; available: 1 to " + to_string(largest_head_dim) +
+                         "; missing: kernels for it");
+}
+
+void check_length(int64_t length, const char* name) {
+  if (length > longest_sequence)
+    throw NotSupported("asked: " + std::string(name) + " " + to_string(length) +
+                       "; available: sequences shorter than 2^30 = 1073741824; missing: wider "
+                       "positions in the kernels");
+}
+
+void check_counts(const Problem& problem) {
+  if (problem.batch > largest_count || problem.heads > largest_count)
+    throw NotSupported("asked: batch " + to_string(problem.batch) + " and " +
+                       to_string(problem.heads) +
+                       " heads; available: fewer than 2^31 of each; missing: wider block indices "
+                       "in the kernels");
+}
+
+void read_dense_lengths(const Inputs& in, Problem& problem) {
+  problem.batch = in.q.size(0);
+  problem.seqlen_q = in.q.size(1);
+  problem.seqlen_k = in.k.size(1);
+  check_length(problem.seqlen_q, "seqlen_q");
+  check_length(problem.seqlen_k, "seqlen_k");
+  check_counts(problem);
+  problem.total_q = problem.batch * problem.seqlen_q;
+  problem.total_k = problem.batch * problem.seqlen_k;
+}
+
+// Packed sequences
+
+/// The values of an int32 vector on the CPU; empty when they are not readable here (on a GPU, or
+/// planning without data).
+std::span<const int32_t> readable(const Named& named) {
+  if (named.tensor.device_type != ANYFLASH_CPU || !named.tensor.data) return {};
+  return {static_cast<const int32_t*>(named.tensor.data), static_cast<size_t>(named.size(0))};
+}
+
+void check_cu_seqlens(const Named& cu_seqlens, int64_t total, int64_t stated_max,
+                      const char* max_name, const char* rows_name) {
+  const auto values = readable(cu_seqlens);
+  if (values.empty()) return;
+  const std::string name = cu_seqlens.name;
+  if (values.front() < 0)
+    throw InvalidValue(name + "[0] is " + to_string(values.front()) + "; it must be 0 or more");
+  for (size_t b = 0; b + 1 < values.size(); ++b) {
+    if (values[b + 1] < values[b])
+      throw InvalidValue(name + " decreases: [" + to_string(b) + "] is " + to_string(values[b]) +
+                         ", [" + to_string(b + 1) + "] is " + to_string(values[b + 1]) +
+                         "; it must be a running sum of the lengths, starting with 0");
+    const int64_t length = int64_t{values[b + 1]} - values[b];
+    if (length > stated_max)
+      throw InvalidValue(std::string(max_name) + " is " + to_string(stated_max) + " but sequence " +
+                         to_string(b) + " of " + name + " has length " + to_string(length) +
+                         "; it must be at least the longest length");
+  }
+  if (values.back() > total)
+    throw InvalidValue(name + " ends with " + to_string(values.back()) + " but " + rows_name +
+                       " has " + to_string(total) + " rows; its last entry must not be larger");
+}
+
+void check_seqused(const Named& seqused, const Named& cu_seqlens, int64_t batch) {
+  if (!seqused.present()) return;
+  check_dtype(seqused, ANYFLASH_INT32);
+  check_rank(seqused, 1, "[batch]");
+  check_shape(seqused, std::array{batch}, "[batch]");
+  check_contiguous(seqused);
+  const auto used = readable(seqused);
+  const auto offsets = readable(cu_seqlens);
+  if (offsets.empty()) return;
+  for (size_t b = 0; b < used.size(); ++b) {
+    const int64_t length = int64_t{offsets[b + 1]} - offsets[b];
+    if (used[b] < 0 || used[b] > length)
+      throw InvalidValue(std::string(seqused.name) + "[" + to_string(b) + "] is " +
+                         to_string(used[b]) + " but sequence " + to_string(b) + " of " +
+                         cu_seqlens.name + " has length " + to_string(length) +
+                         "; it must be between 0 and the length");
+  }
+}
+
+void read_packed_lengths(const anyflash_problem& raw, const Inputs& in, Problem& problem) {
+  for (const Named* cu_seqlens : {&in.cu_seqlens_q, &in.cu_seqlens_k}) {
+    check_dtype(*cu_seqlens, ANYFLASH_INT32);
+    check_rank(*cu_seqlens, 1, "[batch + 1]");
+    if (cu_seqlens->size(0) < 1)
+      throw InvalidValue(std::string(cu_seqlens->name) +
+                         " is empty; it must have batch + 1 entries, starting with 0");
+    check_contiguous(*cu_seqlens);
+  }
+  if (in.cu_seqlens_q.size(0) != in.cu_seqlens_k.size(0))
+    throw InvalidValue("cu_seqlens_q has " + to_string(in.cu_seqlens_q.size(0)) +
+                       " entries but cu_seqlens_k has " + to_string(in.cu_seqlens_k.size(0)) +
+                       "; both must have batch + 1");
+  problem.batch = in.cu_seqlens_q.size(0) - 1;
+  check_counts(problem);
+  problem.total_q = in.q.size(0);
+  problem.total_k = in.k.size(0);
+  for (const auto& [length, name] :
+       {std::pair(raw.max_seqlen_q, "max_seqlen_q"), std::pair(raw.max_seqlen_k, "max_seqlen_k")}) {
+    if (length < 0)
+      throw InvalidValue(std::string(name) + " is " + to_string(length) +
+                         "; it must be at least the longest length, and 0 or more");
+    check_length(length, name);
+  }
+  check_cu_seqlens(in.cu_seqlens_q, problem.total_q, raw.max_seqlen_q, "max_seqlen_q", "q");
+  check_cu_seqlens(in.cu_seqlens_k, problem.total_k, raw.max_seqlen_k, "max_seqlen_k", "k");
+  check_seqused(in.seqused_q, in.cu_seqlens_q, problem.batch);
+  check_seqused(in.seqused_k, in.cu_seqlens_k, problem.batch);
+  // No sequence is longer than the tensor: a generous maximum costs no blocks.
+  problem.seqlen_q = std::min(raw.max_seqlen_q, problem.total_q);
+  problem.seqlen_k = std::min(raw.max_seqlen_k, problem.total_k);
+
+  problem.cu_seqlens_q = static_cast<const int32_t*>(in.cu_seqlens_q.tensor.data);
+  problem.cu_seqlens_k = static_cast<const int32_t*>(in.cu_seqlens_k.tensor.data);
+  problem.seqused_q = static_cast<const int32_t*>(in.seqused_q.tensor.data);
+  problem.seqused_k = static_cast<const int32_t*>(in.seqused_k.tensor.data);
+}
+
+/// True for packed problems; both cu_seqlens or neither.
+bool is_packed(const Inputs& in) {
+  const bool q = in.cu_seqlens_q.present(), k = in.cu_seqlens_k.present();
+  if (q != k)
+    throw InvalidValue(std::string(q ? "cu_seqlens_q" : "cu_seqlens_k") + " is given but " +
+                       (q ? "cu_seqlens_k" : "cu_seqlens_q") +
+                       " is missing; packed problems need both, dense ones neither");
+  for (const Named* seqused : {&in.seqused_q, &in.seqused_k})
+    if (!q && seqused->present())
+      throw InvalidValue(std::string(seqused->name) +
+                         " is given without cu_seqlens_q and cu_seqlens_k; it belongs to packed "
+                         "problems only");
+  return q;
+}
+
+// Score and mask
+
+void read_score(const anyflash_problem& raw, const Inputs& in, Problem& problem) {
+  if (!std::isfinite(raw.scale))
+    throw InvalidValue("scale is " + number(raw.scale) + "; it must be finite");
+  if (!std::isfinite(raw.softcap) || raw.softcap < 0 ||
+      (raw.softcap > 0 && raw.softcap < smallest_softcap))
+    throw InvalidValue("softcap is " + number(raw.softcap) +
+                       "; it must be 0 (off) or a finite positive number, at least 1e-20");
+  problem.scale = raw.scale;
+  problem.softcap = raw.softcap;
+
+  const Named& slopes = in.alibi_slopes;
+  if (!slopes.present()) return;
+  check_dtype(slopes, ANYFLASH_FLOAT32);
+  if (slopes.tensor.ndim == 1) {
+    check_shape(slopes, std::array{problem.heads}, "[heads]");
+  } else {
+    check_rank(slopes, 2, "[batch, heads], or 1: [heads]");
+    check_shape(slopes, std::array{problem.batch, problem.heads}, "[batch, heads]");
+  }
+  check_last_dim_contiguous(slopes);
+  problem.alibi = true;
+  problem.alibi_slopes = static_cast<const float*>(slopes.tensor.data);
+  problem.alibi_batch = slopes.tensor.ndim == 2 ? slopes.tensor.strides[0] : 0;
+}
+
+void check_window(int64_t window, const char* name) {
+  if (window < -1)
+    throw InvalidValue(std::string(name) + " is " + to_string(window) +
+                       "; it must be 0 or more, or -1 for unbounded");
+}
+
+/// Windows that hide nothing become unbounded, so that equal problems have equal plans. With the
+/// lengths at hand: the last query sees key 0 from left = seqlen_k - 1 on, the first query sees the
+/// last key from right = seqlen_q - 1 on.
+Mask normal_form(int64_t left, int64_t right, bool causal, int64_t seqlen_q, int64_t seqlen_k) {
+  if (left == -1) left = Mask::unbounded;
+  if (right == -1) right = Mask::unbounded;
+  if (causal) right = 0;
+  if (left >= seqlen_k - 1) left = Mask::unbounded;
+  if (right >= seqlen_q - 1) right = Mask::unbounded;
+  return {left, right};
+}
+
+// Outputs
+
+void check_written_once(const Named& named, int64_t bytes) {
+  for (int dim = 0; dim < named.tensor.ndim; ++dim)
+    if (named.size(dim) > 1 && named.tensor.strides[dim] == 0)
+      throw InvalidValue(std::string(named.name) + " has stride 0 in dimension " + to_string(dim) +
+                         " of size " + to_string(named.size(dim)) +
+                         "; every element of an output must have its own memory");
+  if (may_share_memory_with_itself(named.tensor, bytes))
+    throw InvalidValue(std::string(named.name) + " of shape " + list(shape_of(named.tensor)) +
+                       " and strides " +
+                       list({named.tensor.strides, static_cast<size_t>(named.tensor.ndim)}) +
+                       " may hold one element twice; every element of an output must have its own "
+                       "memory");
+}
+
+int64_t bytes_of(const anyflash_tensor& tensor) {
+  return tensor.dtype == ANYFLASH_INT32 ? 4 : size_of(static_cast<DType>(tensor.dtype));
+}
+
+void check_apart(const Named& output, const Named& input) {
+  if (input.present() &&
+      may_overlap(output.tensor, bytes_of(output.tensor), input.tensor, bytes_of(input.tensor)))
+    throw InvalidValue(std::string(output.name) + " shares memory with " + input.name +
+                       "; outputs must not overlap inputs: give it memory of its own");
+}
+
+void read_outputs(const Inputs& in, Problem& problem) {
+  const bool packed = problem.packed;
+  if (in.o.present()) {
+    const char* words = packed ? "[total_q, heads, dv]" : "[batch, seqlen_q, heads, dv]";
+    check_same_dtype(in.o, in.q);
+    check_rank(in.o, packed ? 3 : 4, words);
+    if (packed)
+      check_shape(in.o, std::array{problem.total_q, problem.heads, problem.dv}, words);
+    else
+      check_shape(in.o, std::array{problem.batch, problem.seqlen_q, problem.heads, problem.dv},
+                  words);
+    check_last_dim_contiguous(in.o);
+    check_written_once(in.o, bytes_of(in.o.tensor));
+  }
+  problem.want_lse = in.lse.present();
+  if (problem.want_lse) {
+    const char* words = packed ? "[heads, total_q]" : "[batch, heads, seqlen_q]";
+    check_dtype(in.lse, ANYFLASH_FLOAT32);
+    check_rank(in.lse, packed ? 2 : 3, words);
+    if (packed)
+      check_shape(in.lse, std::array{problem.heads, problem.total_q}, words);
+    else
+      check_shape(in.lse, std::array{problem.batch, problem.heads, problem.seqlen_q}, words);
+    check_contiguous(in.lse);
+    problem.lse = static_cast<float*>(in.lse.tensor.data);
+  }
+  for (const Named* output : {&in.o, &in.lse}) {
+    if (!output->present()) continue;
+    for (const Named* input : {&in.q, &in.k, &in.v, &in.alibi_slopes, &in.cu_seqlens_q,
+                               &in.cu_seqlens_k, &in.seqused_q, &in.seqused_k})
+      check_apart(*output, *input);
+  }
+  if (in.o.present() && in.lse.present()) check_apart(in.lse, in.o);
+}
+
+// Views
+
+View view_of(const anyflash_tensor& tensor, bool packed) {
+  if (packed) return {tensor.data, 0, tensor.strides[0], tensor.strides[1]};
+  return {tensor.data, tensor.strides[0], tensor.strides[1], tensor.strides[2]};
+}
+
+/// True when every row [., d] starts on 16 bytes and is a whole number of 16 bytes long.
+bool rows_on_16_bytes(const anyflash_tensor& tensor) {
+  const int64_t bytes = bytes_of(tensor);
+  const int last = tensor.ndim - 1;
+  bool aligned = reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0;
+  aligned &= tensor.shape[last] * bytes % 16 == 0;
+  for (int dim = 0; dim < last; ++dim)
+    aligned &= tensor.shape[dim] <= 1 || tensor.strides[dim] * bytes % 16 == 0;
+  return aligned;
+}
+
+} // namespace
+
+Problem validate(const anyflash_problem& raw) {
+  if (raw.op != ANYFLASH_FORWARD)
+    throw NotSupported("asked: operation " + to_string(raw.op) +
+                       "; available: forward (1); missing: this operation");
+  const Inputs in(raw);
+  Problem problem;
+  problem.packed = is_packed(in);
+  check_kinds(in, problem.packed);
+  problem.op = static_cast<anyflash_op>(raw.op);
+  problem.dtype = static_cast<DType>(raw.q.dtype);
+  problem.device_type = raw.q.device_type;
+  problem.device_index = raw.q.device_index;
+
+  read_shapes(in, problem);
+  for (const Named* named : {&in.q, &in.k, &in.v}) check_last_dim_contiguous(*named);
+  if (problem.packed)
+    read_packed_lengths(raw, in, problem);
+  else
+    read_dense_lengths(in, problem);
+  read_score(raw, in, problem);
+  check_window(raw.window_left, "window_left");
+  check_window(raw.window_right, "window_right");
+  problem.mask = normal_form(raw.window_left, raw.window_right, raw.causal != 0, problem.seqlen_q,
+                             problem.seqlen_k);
+  read_outputs(in, problem);
+
+  problem.q = view_of(raw.q, problem.packed);
+  problem.k = view_of(raw.k, problem.packed);
+  problem.v = view_of(raw.v, problem.packed);
+  problem.aligned = rows_on_16_bytes(raw.q) && rows_on_16_bytes(raw.k) && rows_on_16_bytes(raw.v);
+  if (in.o.present()) {
+    problem.o = view_of(raw.o, problem.packed);
+    problem.aligned = problem.aligned && rows_on_16_bytes(raw.o);
+  }
+  return problem;
+}
+
+} // namespace anyflash
