@@ -46,10 +46,12 @@ Bytes bytes_of(const anyflash_tensor& tensor, int64_t bytes) {
       result.start += (size - 1) * stride;
       stride = -stride;
     }
-    result.dims[result.count++] = {size, stride};
+    // Insert in order, the largest stride first.
+    int at = result.count++;
+    for (; at > 0 && result.dims[at - 1].stride < stride; --at)
+      result.dims[at] = result.dims[at - 1];
+    result.dims[at] = {size, stride};
   }
-  std::sort(result.dims.begin(), result.dims.begin() + result.count,
-            [](const Dim& a, const Dim& b) { return a.stride > b.stride; });
   while (result.count > 0 && result.dims[result.count - 1].stride == result.block)
     result.block *= result.dims[--result.count].size;
   return result;
