@@ -81,50 +81,50 @@ def _attention(
     lse_shape = (case.heads, case.shape_q[0]) if case.packed else (case.batch, case.heads, case.q)
     lse = _full(lse_shape, np.nan, q)
     for sequence in sequences(case):
-        for h in range(case.heads):
-            at = () if case.packed else (sequence.index,)
-            head_k = h // (case.heads // case.heads_k)
-            slope = _slope(inputs, sequence.index, h)
-            rows, row_lse = _one_head(
-                q[at + (sequence.q, h)][: sequence.used_q],
-                k[at + (sequence.k, head_k)][: sequence.used_k],
-                v[at + (sequence.k, head_k)][: sequence.used_k],
-                case,
-                slope,
-                rounded,
-                scale_keys_first,
-            )
-            out, out_lse = o[at + (sequence.q, h)], lse[at + (h, sequence.q)]
-            out[...] = 0
-            out_lse[...] = -np.inf
-            out[: sequence.used_q] = rows
-            out_lse[: sequence.used_q] = row_lse
+        at = () if case.packed else (sequence.index,)
+        rows, row_lse = _one_sequence(
+            _heads_first(q[(*at, sequence.q)][: sequence.used_q]),
+            _heads_first(k[(*at, sequence.k)][: sequence.used_k]),
+            _heads_first(v[(*at, sequence.k)][: sequence.used_k]),
+            case,
+            _slopes(inputs, sequence.index, q),
+            rounded,
+            scale_keys_first,
+        )
+        out, out_lse = o[(*at, sequence.q)], lse[(*at, slice(None), sequence.q)]
+        out[...] = 0
+        out_lse[...] = -np.inf
+        out[: sequence.used_q] = _heads_first(rows)
+        out_lse[:, : sequence.used_q] = row_lse
     return Result(o, lse)
 
 
-def _one_head(
+def _one_sequence(
     q: Any,
     k: Any,
     v: Any,
     case: Case,
-    slope: float | None,
+    slopes: Any | None,
     rounded: Callable[[Any], Any],
     scale_keys_first: bool,
 ) -> tuple[Any, Any]:
-    """q [N, d], k [M, d], v [M, dv] -> O [N, dv], L [N]."""
+    """q [H, N, d], k [Hk, M, d], v [Hk, M, dv], slopes [H, 1, 1] -> O [H, N, dv], L [H, N]."""
     xp = _module(q)
-    if k.shape[0] == 0:
-        return 0, -np.inf
+    n, m = q.shape[1], k.shape[1]
+    if m == 0:
+        return _full((case.heads, n, case.dv), 0, q), _full((case.heads, n), -np.inf, q)
+    head_k = _arange(case.heads, q) // (case.heads // case.heads_k)
+    k, v = k[head_k], v[head_k]
     if scale_keys_first:
-        s = rounded(q @ rounded(k * case.scale).T)
+        s = rounded(q @ rounded(k * case.scale).swapaxes(1, 2))
     else:
-        s = rounded(rounded(q @ k.T) * case.scale)
+        s = rounded(rounded(q @ k.swapaxes(1, 2)) * case.scale)
     if case.softcap:
         s = rounded(xp.tanh(s / case.softcap) * case.softcap)
-    i = _arange(q.shape[0], q)[:, None] + k.shape[0] - q.shape[0]
-    j = _arange(k.shape[0], q)[None, :]
-    if slope is not None:
-        s = rounded(s - slope * _cast(abs(i - j), _precision(q)))
+    i = _arange(n, q)[:, None] + m - n
+    j = _arange(m, q)[None, :]
+    if slopes is not None:
+        s = rounded(s - slopes * _cast(abs(i - j), _precision(q)))
     left, right = case.window
     if case.causal:
         right = 0 if right is None else min(right, 0)
@@ -132,21 +132,28 @@ def _one_head(
     if right is not None:
         visible = visible & (j <= i + right)
     s = xp.where(visible, s, _full((), -np.inf, q))
-    m = xp.amax(s, -1)
-    m_finite = xp.where(m == -np.inf, _full((), 0.0, q), m)
-    p = xp.exp(s - m_finite[:, None])
-    total = p.sum(-1)
-    empty = m == -np.inf
-    safe_total = xp.where(empty, _full((), 1.0, q), total)
-    lse = xp.where(empty, m, m_finite + xp.log(safe_total))
-    return rounded(rounded(p / safe_total[:, None]) @ v), lse
+    largest = xp.amax(s, -1)
+    empty = largest == -np.inf
+    largest_or_zero = xp.where(empty, _full((), 0.0, q), largest)
+    p = xp.exp(s - largest_or_zero[..., None])
+    total = xp.where(empty, _full((), 1.0, q), p.sum(-1))
+    lse = xp.where(empty, largest, largest_or_zero + xp.log(total))
+    return rounded(rounded(p / total[..., None]) @ v), lse
 
 
-def _slope(inputs: Inputs, b: int, h: int) -> float | None:
+def _heads_first(x: Any) -> Any:
+    """[N, H, d] -> [H, N, d], and back."""
+    return x.swapaxes(0, 1)
+
+
+def _slopes(inputs: Inputs, b: int, like: Any) -> Any | None:
     slopes = inputs.alibi_slopes
     if slopes is None:
         return None
-    return float(slopes[h] if slopes.ndim == 1 else slopes[b, h])
+    column = (slopes if slopes.ndim == 1 else slopes[b]).reshape(-1, 1, 1)
+    if _is_torch(like) and not _is_torch(column):
+        column = sys.modules["torch"].from_numpy(column).to(like.device)
+    return _cast(column, _precision(like))
 
 
 def worst_violation(result: Result, inputs: Inputs, dtype: str) -> str | None:
