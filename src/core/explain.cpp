@@ -36,6 +36,12 @@ std::string in_units(double value, const char* unit) {
   return text;
 }
 
+std::string whole(double value) {
+  char text[64];
+  std::snprintf(text, sizeof text, "%.0f", value);
+  return text;
+}
+
 std::string in_microseconds(double seconds) {
   char text[64];
   std::snprintf(text, sizeof text, "%.3g us", seconds * 1e6);
@@ -143,7 +149,7 @@ std::string explain(const Problem& problem, const anyflash_plan& plan) {
   const Work work = work_of(problem);
   const char* exactly = work.exact ? "" : "at most ";
   text += "work       " + std::string(exactly) + in_units(work.flops, "FLOP") + " (" +
-          in_units(work.pairs, "") + "visible pairs of query and key over all heads), " + exactly +
+          whole(work.pairs) + " visible pairs of query and key over all heads), " + exactly +
           in_units(work.bytes, "B") + " of least traffic\n";
   return text + floor_words(work, plan.device);
 }

@@ -1,0 +1,288 @@
+"""From the arguments of a call to the library and back: the complete way, through ctypes.
+
+`forward` takes every argument by position, in the order of `Arguments`; the faster `_fast.forward`
+takes the same and hands back here what it does not know.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from typing import Any, NamedTuple
+
+from . import _library, _options
+from ._library import ABSENT, CPU, CUDA, FLOAT32, Device, Plan
+from ._tensors import Adapter, Described, adapter_of, contiguous_strides
+
+
+class Arguments(NamedTuple):
+    """Everything that `attention` and `attention_varlen` take."""
+
+    q: Any
+    k: Any
+    v: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    max_seqlen_q: Any
+    max_seqlen_k: Any
+    seqused_q: Any
+    seqused_k: Any
+    causal: Any
+    window: Any
+    scale: Any
+    softcap: Any
+    alibi_slopes: Any
+    deterministic: Any
+    out: Any
+    return_lse: Any
+
+
+class _Options(NamedTuple):
+    """The arguments that are no tensors, as the library's numbers."""
+
+    max_seqlen_q: int
+    max_seqlen_k: int
+    window_left: int
+    window_right: int
+    scale: float
+    softcap: float
+    causal: bool
+    deterministic: bool
+
+
+def _options_of(arguments: Arguments, d: int) -> _Options:
+    left, right = _options.window_sides(arguments.window)
+    scale, deterministic = arguments.scale, arguments.deterministic
+    return _Options(
+        _options.length(arguments.max_seqlen_q, "max_seqlen_q"),
+        _options.length(arguments.max_seqlen_k, "max_seqlen_k"),
+        left,
+        right,
+        max(d, 1) ** -0.5 if scale is None else _options.real(scale, "scale"),
+        _options.real(arguments.softcap, "softcap"),
+        _options.flag(arguments.causal, "causal"),
+        False if deterministic is None else _options.flag(deterministic, "deterministic"),
+    )
+
+
+# Positions of the tensors in Arguments, in the order of anyflash_problem without o and lse.
+_INPUTS = ("q", "k", "v", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
+
+
+def _describe_inputs(arguments: Arguments) -> list[Described | None]:
+    described: list[Described | None] = []
+    for name in _INPUTS:
+        tensor = getattr(arguments, name)
+        if tensor is None and name not in ("q", "k", "v"):
+            described.append(None)
+        else:
+            described.append(adapter_of(tensor, name).describe(tensor, name))
+    return described
+
+
+def _packed(described: Described | None) -> bytes:
+    return ABSENT if described is None else _library.pack_tensor(*described[:5])
+
+
+def _problem(
+    inputs: list[Described | None], o: Described | None, lse: Described | None, options: _Options
+) -> bytes:
+    q, k, v, *rest = [_packed(one) for one in inputs]
+    tensors = (q, k, v, _packed(o), _packed(lse), *rest)
+    return _library.pack_problem(tensors, *options)
+
+
+def _refuse_gradients(arguments: Arguments) -> None:
+    for name in ("q", "k", "v", "alibi_slopes", "out"):
+        tensor = getattr(arguments, name)
+        if tensor is not None and adapter_of(tensor, name).needs_grad(tensor):
+            raise NotImplementedError(
+                f"asked: gradients ({name}.requires_grad is True); available: the forward; "
+                "missing: the backward: call it under torch.no_grad(), or detach the tensors"
+            )
+
+
+def _check_out(arguments: Arguments) -> Described | None:
+    out = arguments.out
+    return None if out is None else adapter_of(out, "out").describe(out, "out", written=True)
+
+
+class _Read(NamedTuple):
+    """The arguments of a call as the library's numbers."""
+
+    inputs: list[Described | None]
+    out: Described | None
+    options: _Options
+    adapter: Adapter
+    q: Described
+    v: Described
+
+
+def _read(arguments: Arguments) -> _Read:
+    _options.flag(arguments.return_lse, "return_lse")
+    inputs = _describe_inputs(arguments)
+    _refuse_gradients(arguments)
+    q, v = inputs[0], inputs[2]
+    assert q is not None and v is not None
+    options = _options_of(arguments, q.shape[-1] if q.shape else 1)
+    return _Read(inputs, _check_out(arguments), options, adapter_of(arguments.q, "q"), q, v)
+
+
+class _Outputs(NamedTuple):
+    o: Any
+    lse: Any
+    o_described: Described
+    lse_described: Described | None
+
+    def results(self, adapter: Adapter, out: Any) -> Any:
+        """What the user gets: o, or (o, lse)."""
+        o = adapter.result(self.o) if out is None else out
+        return o if self.lse is None else (o, adapter.result(self.lse))
+
+
+def _allocate(
+    arguments: Arguments, adapter: Adapter, q: Described, v: Described, out: Described | None
+) -> _Outputs:
+    """out, or a new tensor; and L if it is wanted. Shapes: the problem has been validated."""
+    o, lse, lse_described = arguments.out, None, None
+    if out is None:
+        o = adapter.empty(arguments.q, q.shape[:-1] + v.shape[-1:], q.dtype)
+        out = adapter_of(o, "out").describe(o, "out")
+    if arguments.return_lse:
+        rows, heads = q.shape[:-2], q.shape[-2:-1]
+        lse = adapter.empty(arguments.q, rows[:-1] + heads + rows[-1:], FLOAT32)
+        lse_described = adapter_of(lse, "lse").describe(lse, "lse")
+    return _Outputs(o, lse, out, lse_described)
+
+
+def forward(*positional: Any) -> Any:
+    """O, or (O, L). Everything is validated before the first allocation."""
+    arguments = Arguments(*positional)
+    inputs, out, options, adapter, q, v = _read(arguments)
+    _library.make_plan(_problem(inputs, out, None, options), None)
+
+    outputs = _allocate(arguments, adapter, q, v, out)
+    problem = _problem(inputs, outputs.o_described, outputs.lse_described, options)
+    plan = _library.make_plan(problem, None)  # anew: the memory of the outputs is known now
+    workspace, workspace_data = None, 0
+    if plan.workspace_bytes:
+        # float32 elements, and room to align.
+        count = plan.workspace_bytes // 4 + 65
+        workspace = adapter.empty(arguments.q, (count,), FLOAT32)
+        data = adapter_of(workspace, "workspace").describe(workspace, "workspace").data
+        workspace_data = (data + 255) // 256 * 256
+    stream = adapter.stream(q.device)
+    _library.check(
+        _library.library().anyflash_run(ctypes.byref(plan), problem, workspace_data, stream)
+    )
+    return outputs.results(adapter, arguments.out)
+
+
+def reference(*positional: Any) -> Any:
+    """O, or (O, L), by the plain formula in double on the CPU."""
+    arguments = Arguments(*positional)
+    inputs, out, options, adapter, q, v = _read(arguments)
+    outputs = _allocate(arguments, adapter, q, v, out)
+    problem = _problem(inputs, outputs.o_described, outputs.lse_described, options)
+    _library.check(_library.library().anyflash_reference(problem))
+    return outputs.results(adapter, arguments.out)
+
+
+# Planning without running: tensors, or shapes with a dtype and a device
+
+
+class Target(NamedTuple):
+    """Where a plan is for: DLPack's (type, index), and the GPU if only described."""
+
+    place: tuple[int, int]
+    device: Device | None
+
+
+_DEVICE = re.compile(r"cpu(?::0)?|cuda(?::(?P<index>\d{1,4}))?|sm_(?P<capability>\d{2,3})")
+
+
+def _parse_device(device: Any) -> re.Match[str]:
+    match = _DEVICE.fullmatch(str(device))
+    if match is None:
+        raise ValueError(f'device is {device!r}; it must be "cpu", "cuda", "cuda:N" or "sm_NN"')
+    return match
+
+
+def _target_of(device: Any) -> Target:
+    """ "cpu", "cuda", "cuda:1", "sm_86" (a GPU that need not be here), or a torch.device."""
+    match = _parse_device(device)
+    if match["capability"]:
+        return Target((CUDA, 0), _library.describe_gpu(int(match["capability"])))
+    if match[0].startswith("cpu"):
+        return Target((CPU, 0), None)
+    return Target((CUDA, int(match["index"] or 0)), None)
+
+
+def check_planning(arguments: Arguments, dtype: Any, device: Any) -> None:
+    """Refuses a question about plans that has no answer: no device, no dtype, an unknown one."""
+    if device is not None:
+        _parse_device(device)
+    if dtype is not None:
+        _dtype_code(dtype)
+    for name in (*_INPUTS, "out"):
+        if _is_shape(getattr(arguments, name)) and (dtype is None or device is None):
+            raise TypeError(f"{name} is a shape; dtype= and device= must be given with it")
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and all(isinstance(n, int) for n in value)
+
+
+def _dtype_code(dtype: Any) -> int:
+    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
+    code = _library.DTYPES.get(str(name).rpartition(".")[2])
+    if code is None:
+        raise TypeError(f"dtype is {dtype!r}; it must be float16, bfloat16, float32 or float64")
+    return code
+
+
+def _describe_for_planning(value: Any, name: str, dtype: Any, target: Target | None) -> Described:
+    """A tensor where it is, or as if it were on the target; a shape as a contiguous tensor."""
+    if not _is_shape(value):
+        described = adapter_of(value, name).describe(value, name)
+        if target is None:
+            return described
+        # Memory elsewhere; only whether it starts on 16 bytes matters.
+        return described._replace(data=described.data % 16, device=target.place)
+    assert target is not None
+    if name == "alibi_slopes":
+        code = FLOAT32
+    else:
+        code = _dtype_code(dtype) if name in ("q", "k", "v", "out") else _library.INT32
+    shape = tuple(value)
+    return Described(0, code, target.place, shape, contiguous_strides(shape), None)
+
+
+def _plan_problem(arguments: Arguments, dtype: Any, device: Any) -> tuple[bytes, Device | None]:
+    check_planning(arguments, dtype, device)
+    target = None if device is None else _target_of(device)
+    inputs: list[Described | None] = []
+    for name in _INPUTS:
+        value = getattr(arguments, name)
+        if value is None and name not in ("q", "k", "v"):
+            inputs.append(None)
+        else:
+            inputs.append(_describe_for_planning(value, name, dtype, target))
+    q, out, lse = inputs[0], None, None
+    assert q is not None
+    if arguments.out is not None:
+        out = _describe_for_planning(arguments.out, "out", dtype, target)
+    if _options.flag(arguments.return_lse, "return_lse"):
+        rows, heads = q.shape[:-2], q.shape[-2:-1]
+        shape = rows[:-1] + heads + rows[-1:]
+        lse = Described(0, FLOAT32, q.device, shape, contiguous_strides(shape), None)
+    options = _options_of(arguments, q.shape[-1] if q.shape else 1)
+    return _problem(inputs, out, lse, options), target.device if target else None
+
+
+def plan(arguments: Arguments, dtype: Any, device: Any) -> Plan:
+    return _library.make_plan(*_plan_problem(arguments, dtype, device))
+
+
+def explain(arguments: Arguments, dtype: Any, device: Any) -> str:
+    return _library.explain(*_plan_problem(arguments, dtype, device))
