@@ -1,0 +1,146 @@
+"""What only a GPU can show: streams, graphs, tensors over 2^31 elements, other libraries."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the device tests need torch")
+anyflash = pytest.importorskip("anyflash", reason="anyflash is not installed")
+
+from accuracy import Result, worst_violation
+from case_list import Inputs, _fill_in
+
+pytestmark = pytest.mark.gpu
+
+
+def randn(*shape, dtype=torch.bfloat16):
+    return torch.randn(*shape, device="cuda", dtype=dtype)
+
+
+def violation_of(o, lse, q, k, v, **options):
+    """The rule for one dense problem on the GPU."""
+    line = {"name": "x", "d": q.shape[3], "batch": q.shape[0], "q": q.shape[1], "k": k.shape[1]}
+    case = _fill_in({**line, "heads": q.shape[2], "heads_k": k.shape[2], **options})
+    inputs = Inputs(case, q.float(), k.float(), v.float(), None, None, None, None, None)
+    return worst_violation(Result(o, lse), inputs, str(q.dtype).partition(".")[2])
+
+
+def test_work_runs_on_the_current_stream():
+    q, k, v = (randn(1, 4096, 16, 64) for _ in range(3))
+    expected = anyflash.attention(q, k, v)
+    stream = torch.cuda.Stream()
+    late = torch.zeros_like(q)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        late.copy_(q)
+        result = anyflash.attention(late, k, v)
+    stream.synchronize()
+    assert torch.equal(result, expected)
+
+
+def test_nothing_waits_for_the_gpu():
+    q, k, v = (randn(1, 512, 4, 64) for _ in range(3))
+    anyflash.attention(q, k, v)
+    done = torch.cuda.Event()
+    torch.cuda._sleep(500_000_000)
+    anyflash.attention(q, k, v)
+    done.record()
+    assert not done.query(), "the call came back after the GPU was done: it waited"
+    torch.cuda.synchronize()
+
+
+def test_cuda_graph_replays_with_new_inputs():
+    q, k, v = (randn(2, 300, 8, 128) for _ in range(3))
+    anyflash.attention(q, k, v, causal=True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = anyflash.attention(q, k, v, causal=True)
+    for x in (q, k, v):
+        x.normal_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(o, anyflash.attention(q, k, v, causal=True))
+
+
+def test_threads_with_streams_of_their_own():
+    inputs = [[randn(1, 200 + 10 * i, 4, 64) for _ in range(3)] for i in range(4)]
+    expected = [anyflash.attention(*x) for x in inputs]
+    torch.cuda.synchronize()
+    wrong = []
+
+    def work(i):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(50):
+                o = anyflash.attention(*inputs[i])
+                torch.cuda.current_stream().synchronize()
+                if not torch.equal(o, expected[i]):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_more_than_2_to_31_elements():
+    batch, n, d = 8200, 2048, 128
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GiB of free GPU memory")
+    q, k, v = (torch.empty(batch, n, 1, d, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    for x in (q, k, v):
+        assert x.numel() > 2**31
+        for part in x.split(512):
+            part.normal_()
+    o, lse = anyflash.attention(q, k, v, causal=True, return_lse=True)
+    for b in (0, 4095, batch - 1):
+        at = slice(b, b + 1)
+        assert violation_of(o[at], lse[at], q[at], k[at], v[at], causal=True) is None
+
+
+def test_row_stride_over_2_to_31():
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GiB of free GPU memory")
+    n, d, row = 3, 64, 2**31 + 8
+    storage = torch.zeros((n - 1) * row + d, device="cuda", dtype=torch.bfloat16)
+    k = storage.as_strided((1, n, 1, d), (0, row, d, 1))
+    k.normal_()
+    q, v = randn(1, 5, 1, d), randn(1, n, 1, d)
+    o, lse = anyflash.attention(q, k, v, return_lse=True)
+    assert violation_of(o, lse, q, k, v) is None
+
+
+def test_cupy_in_cupy_out():
+    cupy = pytest.importorskip("cupy")
+    q, k, v = (randn(1, 130, 2, 64, dtype=torch.float16) for _ in range(3))
+    o = anyflash.attention(*(cupy.from_dlpack(x) for x in (q, k, v)), causal=True)
+    assert isinstance(o, cupy.ndarray)
+    assert torch.equal(torch.from_dlpack(o), anyflash.attention(q, k, v, causal=True))
+
+
+def test_float32_is_refused_with_the_reason():
+    x = randn(1, 16, 1, 64, dtype=torch.float32)
+    with pytest.raises(NotImplementedError, match=r"float32|fp32"):
+        anyflash.attention(x, x, x)
+
+
+def test_devices_do_not_mix():
+    x = randn(1, 16, 1, 64)
+    with pytest.raises((TypeError, ValueError)):
+        anyflash.attention(x, x.cpu(), x)
+
+
+def test_nan_past_the_used_rows_stays_out():
+    q = randn(64, 2, 64)
+    k, v = randn(100, 2, 64), randn(100, 2, 64)
+    k[70:], v[70:] = float("nan"), float("nan")
+    lengths_q = torch.tensor([0, 64], dtype=torch.int32, device="cuda")
+    lengths_k = torch.tensor([0, 100], dtype=torch.int32, device="cuda")
+    used = torch.tensor([70], dtype=torch.int32, device="cuda")
+    o = anyflash.attention_varlen(q, k, v, lengths_q, lengths_k, 64, 100, seqused_k=used)
+    assert bool(o.isfinite().all())

@@ -1,0 +1,230 @@
+"""The record of the last GPU runs: what it is a record of, how runs merge, what is stale.
+
+A record is {"sections": [...]}. A section is one operation of one family of kernels run through one
+image, with a hash over the sources that this operation and family are made of. Work on one family
+does not touch the hash of another. Everything here runs without a GPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from source_text import closure, normalised, without_comments
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORD = ROOT / "tests" / "device" / "record.json"
+
+Section = dict[str, Any]
+Record = dict[str, Any]
+
+# op of variants.def -> op of the record: the parts of one operation are recorded together.
+OPERATIONS = {"forward": "fwd", "backward": "bwd", "backward_pre": "bwd", "backward_post": "bwd"}
+
+# Images that a family must have been run through; more may be recorded.
+EXPECTED_IMAGES = {"sm80": ("sm_90", "compute_80 PTX")}
+
+# What identifies a measured cell; the rest of it is the measurement.
+MEASUREMENT = ("ours", "peers", "unit")
+
+
+def read(path: Path = RECORD) -> Record:
+    return json.loads(path.read_text()) if path.is_file() else {"sections": []}
+
+
+def write(record: Record, path: Path = RECORD) -> None:
+    """Sorted, one measured cell a line: a merge shows in a diff as what it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sections = sorted(record["sections"], key=key_of)
+    cells: list[str] = []
+
+    def placeholder(cell: Any) -> str:
+        cells.append(json.dumps(cell))
+        return f"<cell {len(cells) - 1}>"
+
+    light = [
+        {**section, "bench": [placeholder(cell) for cell in section["bench"]]}
+        if "bench" in section
+        else section
+        for section in sections
+    ]
+    text = json.dumps({**record, "sections": light}, indent=1)
+    text = re.sub(r'"<cell (\d+)>"', lambda m: cells[int(m[1])], text)
+    path.write_text(text + "\n")
+
+
+def key_of(section: Section) -> tuple[str, str, str]:
+    return section["op"], section["family"], section["image"]
+
+
+def table_rows(root: Path = ROOT) -> list[tuple[str, str, str]]:
+    """(op, family, text without blanks) of each line of variants.def."""
+    text = without_comments((root / "variants.def").read_text())
+    rows = []
+    for match in re.finditer(r"\bKERNEL\s*\(([^()]*)\)", text):
+        row = "".join(match[1].split())
+        op, family = row.split(",")[:2]
+        rows.append((op, family, row))
+    return rows
+
+
+def operations(root: Path = ROOT) -> list[tuple[str, str]]:
+    """(op of the record, family) of everything in the table."""
+    return sorted({(OPERATIONS.get(op, op), family) for op, family, _ in table_rows(root)})
+
+
+def source_hash(op: str, family: str, root: Path = ROOT) -> str:
+    """Changes exactly when the code or the rows of this operation and family change.
+
+    Comments and layout do not count.
+    """
+    rows = [r for r in table_rows(root) if OPERATIONS.get(r[0], r[0]) == op and r[1] == family]
+    files: set[Path] = set()
+    for table_op in {row[0] for row in rows}:
+        files.update(closure(root / "src", root / "src/cuda" / family / f"{table_op}.cuh"))
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        name = path.relative_to(root).as_posix()
+        digest.update(f"{name}\0{normalised(path.read_text())}\0".encode())
+    for row in rows:
+        digest.update(f"{row[2]}\0".encode())
+    return digest.hexdigest()[:16]
+
+
+def merge(record: Record, sections: Iterable[Section]) -> Record:
+    """record with what `sections` measured.
+
+    A section of the same sources keeps what the new run did not measure; one of other sources is
+    replaced. Tests are replaced whole, sanitizers by tool, measurements cell by cell.
+    """
+    merged = {key_of(section): section for section in record["sections"]}
+    for new in sections:
+        old = merged.get(key_of(new))
+        if old is None or old["hash"] != new["hash"]:
+            merged[key_of(new)] = dict(new)
+            continue
+        both = {**old, **new}
+        if not any(new.get("tests", {}).values()):
+            both["tests"] = old.get("tests", {})
+        both["sanitizers"] = {**old.get("sanitizers", {}), **new.get("sanitizers", {})}
+        cells = {_cell_key(cell): cell for cell in old.get("bench", [])}
+        cells.update({_cell_key(cell): cell for cell in new.get("bench", [])})
+        both["bench"] = list(cells.values())
+        merged[key_of(new)] = both
+    return {**record, "sections": [merged[key] for key in sorted(merged)]}
+
+
+def _cell_key(cell: dict[str, Any]) -> str:
+    return json.dumps({k: v for k, v in cell.items() if k not in MEASUREMENT}, sort_keys=True)
+
+
+def why_stale(section: Section, root: Path = ROOT) -> str | None:
+    """None for a section that still speaks of the sources as they are, and well of them."""
+    if section["hash"] != source_hash(section["op"], section["family"], root):
+        return "sources changed"
+    tests = section.get("tests")
+    if not tests or not tests["passed"]:
+        return "not tested"
+    if tests["failed"]:
+        return f"{tests['failed']} tests failed"
+    for tool, result in sorted(section.get("sanitizers", {}).items()):
+        if result["errors"] > result.get("explained", 0):
+            return f"{tool}: {result['errors']} errors"
+    return None
+
+
+def stale_sections(record: Record, root: Path = ROOT) -> list[str]:
+    """One phrase for each section that is missing or stale."""
+    sections = {key_of(section): section for section in record["sections"]}
+    table = operations(root)
+    expected = [
+        (op, family, image) for op, family in table for image in EXPECTED_IMAGES.get(family, ())
+    ]
+    phrases = [f"{' '.join(key)} (not recorded)" for key in expected if key not in sections]
+    for key, section in sorted(sections.items()):
+        if key[:2] not in table:
+            phrases.append(f"{' '.join(key)} (no such kernels)")
+        elif reason := why_stale(section, root):
+            phrases.append(f"{' '.join(key)} ({reason})")
+    return phrases
+
+
+def check_line(record: Record, root: Path = ROOT) -> tuple[str, bool]:
+    """The one line of --check-record, and whether all is fresh."""
+    stale = stale_sections(record, root)
+    if not stale:
+        count = len(record["sections"])
+        return f"GPU record: {count} sections, none stale", True
+    return f"GPU record: stale: {'; '.join(stale)}", False
+
+
+def geomean(values: list[float]) -> float:
+    product = 1.0
+    for value in values:
+        product *= value ** (1 / len(values))
+    return product
+
+
+def summary(section: Section) -> list[str]:
+    """A few lines for people: what was tested, and a table of what was measured."""
+    lines = [
+        f"{' '.join(key_of(section))}  {section.get('gpu', '?')}, driver "
+        f"{section.get('driver', '?')}, {section['date']}"
+    ]
+    if tests := section.get("tests"):
+        counts = ", ".join(f"{tests[k]} {k}" for k in ("passed", "failed", "skipped"))
+        lines.append(f"  tests: {counts}")
+    for tool, result in sorted(section.get("sanitizers", {}).items()):
+        lines.append(
+            f"  {tool}: {result['cases']} cases, {result['errors']} errors"
+            + (f", {result['explained']} explained" if result.get("explained") else "")
+        )
+    return lines + _speed_table(section.get("bench", []))
+
+
+def _speed_table(cells: list[dict[str, Any]]) -> list[str]:
+    """One line a (d, causal, options): our speed at each length, and over the peer."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for cell in cells:
+        key = (cell["d"], cell["causal"], cell["dtype"], cell["layout"], _words(cell["options"]))
+        groups.setdefault((*key, cell["heads"] != cell["heads_k"], cell["unit"]), []).append(cell)
+    lines, ratios = [], []
+    for key, group in sorted(groups.items(), key=lambda item: [str(part) for part in item[0]]):
+        d, causal, dtype, layout, options, gqa, unit = tuple(key)
+        group.sort(key=lambda cell: cell["seqlen"])
+        name = f"d{d} {'causal' if causal else 'full'} {dtype}"
+        name += (f" {layout}" if layout != "dense" else "") + (" GQA" if gqa else "")
+        name += f" {options}" if options else ""
+        cells_text = []
+        for cell in group:
+            peer = cell["peers"].get("fa2")
+            ratio = _ratio(cell) if peer else None
+            if ratio:
+                ratios.append(ratio)
+            cells_text.append(f"{cell['ours']:.4g}" + (f" ({ratio:.2f}x)" if ratio else ""))
+        lengths = "/".join(_short(cell["seqlen"]) for cell in group)
+        lines.append(f"  {name:28} {unit} at {lengths}: {'  '.join(cells_text)}")
+    if ratios:
+        lines.append(
+            f"  over FA2: geomean {geomean(ratios):.3f}x, worst {min(ratios):.3f}x "
+            f"of {len(ratios)} cells"
+        )
+    return lines
+
+
+def _ratio(cell: dict[str, Any]) -> float:
+    """How much faster we are than FA2; a unit of time is better when small."""
+    ours, peer = float(cell["ours"]), float(cell["peers"]["fa2"])
+    return ours / peer if cell["unit"].endswith("FLOP/s") else peer / ours
+
+
+def _words(options: dict[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in sorted(options.items()))
+
+
+def _short(seqlen: int) -> str:
+    return f"{seqlen // 1024}k" if seqlen >= 1024 and seqlen % 1024 == 0 else str(seqlen)
