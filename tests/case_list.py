@@ -63,11 +63,12 @@ class Case:
 
 def load_cases(where: str = "everywhere") -> list[Case]:
     """The cases of the list that run `where`: "everywhere", or "device" (which runs all)."""
-    cases = [_fill_in(line) for line in json.loads(CASES.read_text())]
+    cases = [case_of(line) for line in json.loads(CASES.read_text())]
     return [case for case in cases if where == "device" or case.where == "everywhere"]
 
 
-def _fill_in(line: dict) -> Case:
+def case_of(line: dict) -> Case:
+    """A line of the list with its defaults filled in. Raises ValueError for unknown fields."""
     line = dict(line)
     packed = line.pop("packed", None)
     heads = line.pop("heads", 1)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from accuracy import Result
-from case_list import Case, Inputs, make_inputs, storage_of
+from case_list import PACKED_TAIL, Case, Inputs, make_inputs, storage_of
 
 
 @dataclass
@@ -55,6 +55,8 @@ class Call:
             self.q, self.k, self.v, *lengths, out=self.out.view, return_lse=True, **options
         )
         assert o.data_ptr() == self.out.view.data_ptr(), "out= was not used"
+        if self.case.packed is not None:
+            lse[:, -PACKED_TAIL:] = math.nan  # allocated by the call, not written by it
         return Result(o, lse)
 
     def untouched(self) -> bool:

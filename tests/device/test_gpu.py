@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch", reason="the device tests need torch")
 anyflash = pytest.importorskip("anyflash", reason="anyflash is not installed")
 
 from accuracy import Result, worst_violation
-from case_list import Inputs, _fill_in
+from case_list import Inputs, case_of
 
 pytestmark = pytest.mark.gpu
 
@@ -22,7 +22,7 @@ def randn(*shape, dtype=torch.bfloat16):
 def violation_of(o, lse, q, k, v, **options):
     """The rule for one dense problem on the GPU."""
     line = {"name": "x", "d": q.shape[3], "batch": q.shape[0], "q": q.shape[1], "k": k.shape[1]}
-    case = _fill_in({**line, "heads": q.shape[2], "heads_k": k.shape[2], **options})
+    case = case_of({**line, "heads": q.shape[2], "heads_k": k.shape[2], **options})
     inputs = Inputs(case, q.float(), k.float(), v.float(), None, None, None, None, None)
     return worst_violation(Result(o, lse), inputs, str(q.dtype).partition(".")[2])
 
