@@ -1,14 +1,89 @@
-// No GPU launch yet: every request is refused.
 #include "core/launch.h"
 
+#include <algorithm>
+#include <charconv>
+#include <cstdlib>
+#include <cstring>
+
+#include "core/driver.h"
 #include "core/error.h"
+#include "core/forward_params.h"
+#include "core/kernels.h"
+#include "core/plan.h"
 
 namespace anyflash {
+namespace {
 
-void launch(const anyflash_plan&, const Problem&, void*, void*) {
-  throw RuntimeError("this build cannot launch on a GPU");
+const Row& row_of(const anyflash_launch& launch) {
+  const std::span<const Row> table = rows();
+  if (launch.row < 0 || static_cast<size_t>(launch.row) >= table.size())
+    throw InvalidValue("a plan for a GPU names row " + std::to_string(launch.row) +
+                       "; the table has rows 0 to " + std::to_string(table.size() - 1));
+  return table[static_cast<size_t>(launch.row)];
 }
-void warm_up(const anyflash_plan&) { throw RuntimeError("this build cannot launch on a GPU"); }
-anyflash_device get_gpu(int) { throw RuntimeError("this build cannot open the CUDA driver"); }
+
+bool has_blocks(const anyflash_launch& launch) {
+  return launch.grid[0] != 0 && launch.grid[1] != 0 && launch.grid[2] != 0;
+}
+
+void launch_one(const anyflash_launch& launch, const Problem& problem, int device, void* stream) {
+  const Row& row = row_of(launch);
+  ForwardParams params = forward_params(problem, row);
+  void* arguments[] = {&params};
+  const cuda::LaunchConfig config = {{launch.grid[0], launch.grid[1], launch.grid[2]},
+                                     {launch.threads, 1, 1},
+                                     launch.shared_bytes,
+                                     stream,
+                                     nullptr,
+                                     0};
+  const cuda::Driver& driver = cuda::driver();
+  const cuda::Kernel kernel = kernel_of(row, device);
+  const cuda::Status status = driver.LaunchKernelEx(&config, kernel, arguments, nullptr);
+  if (status != 0) driver.fail(status, "launching kernel " + row.name());
+}
+
+/// ANYFLASH_PLAN_FOR=86: plan as if the GPU were of this compute capability, so that the rows of
+/// another generation run on it. For verification.
+int planned_capability() {
+  const char* text = std::getenv("ANYFLASH_PLAN_FOR");
+  int capability = 0;
+  if (text) std::from_chars(text, text + std::strlen(text), capability);
+  return capability;
+}
+
+} // namespace
+
+void launch(const anyflash_plan& plan, const Problem& problem, void* /*workspace*/, void* stream) {
+  const int device = plan.device.index;
+  const ScopedContext context(device);
+  for (int i = 0; i < plan.launch_count; ++i)
+    if (has_blocks(plan.launches[i])) launch_one(plan.launches[i], problem, device, stream);
+}
+
+void warm_up(const anyflash_plan& plan) {
+  const ScopedContext context(plan.device.index);
+  for (int i = 0; i < plan.launch_count; ++i)
+    kernel_of(row_of(plan.launches[i]), plan.device.index);
+}
+
+anyflash_device get_gpu(int index) {
+  const Gpu& gpu = gpu_at(index);
+  const cuda::Driver& driver = cuda::driver();
+  cuda::Device handle = 0;
+  driver.check(driver.DeviceGet(&handle, index), "cuDeviceGet");
+  anyflash_device device{};
+  device.struct_size = sizeof device;
+  device.type = ANYFLASH_CUDA;
+  device.index = index;
+  device.compute_capability = gpu.compute_capability;
+  device.multiprocessors = driver.attribute(handle, cuda::multiprocessor_count);
+  device.shared_bytes = driver.attribute(handle, cuda::max_shared_memory_per_block_optin);
+  device.driver = driver.version;
+  if (const int planned = planned_capability()) {
+    device.compute_capability = planned;
+    device.shared_bytes = std::min(device.shared_bytes, describe_gpu(planned).shared_bytes);
+  }
+  return device;
+}
 
 } // namespace anyflash

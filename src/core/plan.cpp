@@ -200,6 +200,7 @@ std::string why_not_plain(const Problem& problem) {
   if (problem.mask.right != Mask::unbounded && problem.mask.right != 0)
     return "a window to the right of " + to_string(problem.mask.right) + " keys";
   if (problem.softcap != 0) return "softcap";
+  if (!(problem.scale > 0)) return "a scale that is not positive";
   if (problem.alibi) return "ALiBi";
   if (!problem.aligned) return "rows of q, k, v or the output that do not start on 16 bytes";
   return "";

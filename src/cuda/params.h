@@ -50,9 +50,11 @@ struct ForwardParams {
   int64_t lse_batch;    // elements between sequences of L; 0 when packed
   int64_t lse_head;     // elements between heads of L
   int64_t alibi_batch;  // 0: slopes are [H]
-  Divisor query_blocks; // blocks of Br rows a (sequence, head); the largest when packed
-  Divisor heads;        // H
-  Divisor group;        // H / Hk
+  Divisor heads;         // H
+  Divisor group;         // H / Hk
+  Divisor section_heads; // heads (of all sequences) whose blocks run together; see QueryBlock
+  Divisor section_blocks; // section_heads * query_blocks
+  int32_t query_blocks;  // blocks of Br rows a (sequence, head); of the longest when packed
   int32_t batch;
   int32_t seqlen_q; // dense: N; packed: the stated maximum
   int32_t seqlen_k;
@@ -60,14 +62,15 @@ struct ForwardParams {
   int32_t dv;
   int32_t window_left;  // at most 2^30: unbounded
   int32_t window_right; // 0: causal
-  float scale_log2;     // scale * log2(e): P = exp2(scale_log2 * S - m)
-  float scale;
-  float softcap;   // 0: off
-  int32_t aligned; // rows of q, k, v, o start on 16 bytes
+  float factor;         // P = exp2(factor * S - m): |scale| log2(e), or softcap log2(e); never 0
+  float softcap_in;     // scale / softcap: S = tanh(softcap_in * Q K^T); 0: off
+  float alibi_factor;   // log2(e) / factor: ALiBi's slopes into the units of S
+  int32_t negative;     // scale < 0 without softcap: S = -Q K^T
+  int32_t aligned;      // rows of q, k, v, o start on 16 bytes
   int32_t padding;
 };
 
 static_assert(sizeof(Strides) == 24 && sizeof(Divisor) == 16);
-static_assert(sizeof(ForwardParams) == 10 * 8 + 4 * 24 + 3 * 8 + 3 * 16 + 12 * 4);
+static_assert(sizeof(ForwardParams) == 10 * 8 + 4 * 24 + 3 * 8 + 4 * 16 + 14 * 4);
 
 } // namespace anyflash

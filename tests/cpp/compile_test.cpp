@@ -80,7 +80,7 @@ constexpr const char* tiny_kernel = R"(
 extern "C" __global__ void __launch_bounds__(128, 1)
 kernel(const __grid_constant__ anyflash::ForwardParams p) {
   __shared__ float s[32];
-  s[threadIdx.x % 32] = p.scale;
+  s[threadIdx.x % 32] = p.d;
   __syncthreads();
   if (p.lse) p.lse[threadIdx.x] = s[0] * anyflash::divide(threadIdx.x, p.heads);
 })";
