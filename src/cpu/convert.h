@@ -2,7 +2,6 @@
 // (made quiet); subnormals and infinities exact.
 #pragma once
 
-#include <bit>
 #include <cstdint>
 
 namespace anyflash::cpu {
@@ -15,36 +14,36 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// Static, not inline: files compiled for different instruction sets include this header, and the
-// linker must not let one of them provide the code of all.
+// Static, not inline, and nothing inline is called: files compiled for different instruction sets
+// include this header, and the linker must not let one of them provide the code of all.
 // NOLINTBEGIN(misc-definitions-in-headers)
 
 [[maybe_unused]] static float to_float(BFloat16 x) {
-  return std::bit_cast<float>(uint32_t{x.bits} << 16);
+  return __builtin_bit_cast(float, uint32_t{x.bits} << 16);
 }
 
 [[maybe_unused]] static float to_float(Float16 x) {
   const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) // infinity, NaN
-    return std::bit_cast<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13 |
-                                (magnitude > 0x7c00u ? 0x400000u : 0u));
+    return __builtin_bit_cast(float, sign | 0x7f800000u | (magnitude & 0x3ffu) << 13 |
+                                         (magnitude > 0x7c00u ? 0x400000u : 0u));
   if (magnitude >= 0x400u) // normal: the exponent's bias grows from 15 to 127
-    return std::bit_cast<float>(sign | ((magnitude << 13) + (112u << 23)));
+    return __builtin_bit_cast(float, sign | ((magnitude << 13) + (112u << 23)));
   const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;
-  return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(subnormal));
+  return __builtin_bit_cast(float, sign | __builtin_bit_cast(uint32_t, subnormal));
 }
 
 [[maybe_unused]] static float to_float(float x) { return x; }
 
 [[maybe_unused]] static BFloat16 to_bfloat16(float x) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>(bits >> 16 | 0x40u)};
   return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
 }
 
 [[maybe_unused]] static Float16 to_float16(float x) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
   const uint32_t sign = bits >> 16 & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
   uint32_t half;
@@ -55,7 +54,7 @@ struct BFloat16 {
   } else if (magnitude >= 0x38800000u) { // normal; a carry may make it infinity, rightly
     half = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
   } else { // subnormal: adding 0.5 makes the hardware round at 2^-24
-    half = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+    half = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, magnitude) + 0.5f) - 0x3f000000u;
   }
   return {static_cast<uint16_t>(sign | half)};
 }
@@ -66,11 +65,11 @@ struct BFloat16 {
 [[maybe_unused]] static float to_odd_float(double x) {
   const float nearest = static_cast<float>(x);
   if (static_cast<double>(nearest) == x || x != x) return nearest;
-  uint32_t bits = std::bit_cast<uint32_t>(nearest);
+  uint32_t bits = __builtin_bit_cast(uint32_t, nearest);
   const double magnitude = x < 0 ? -x : x;
-  const float nearest_magnitude = std::bit_cast<float>(bits & 0x7fffffffu);
+  const float nearest_magnitude = __builtin_bit_cast(float, bits & 0x7fffffffu);
   if (static_cast<double>(nearest_magnitude) > magnitude) --bits;
-  return std::bit_cast<float>(bits | 1u);
+  return __builtin_bit_cast(float, bits | 1u);
 }
 
 /// x in the type of `result`, rounded once.

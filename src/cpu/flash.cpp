@@ -1,16 +1,289 @@
-// The tiled algorithm's front. For now the reference does the work.
+// The tiled algorithm's host side: cuts a problem into tasks, runs them on the pool, merges splits.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "core/error.h"
+#include "cpu/convert.h"
 #include "cpu/cpu.h"
+#include "cpu/dispatch.h"
+#include "cpu/pool.h"
+#include "cpu/sequence.h"
+#include "cuda/attn/key_blocks.h"
 
 namespace anyflash::cpu {
+namespace {
 
-Tiling tiling(const Problem&) { return {64, 64, 1}; }
+constexpr int most_strips = 8; // of a task
 
-void forward(const Problem& problem, const Tiling&) { reference(problem); }
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-std::vector<std::string> instruction_sets() { return {"scalar"}; }
+/// How the strips of the query heads that share a key head are dealt out to tasks: either each head
+/// gives several tasks, or several short heads make one, so that packed keys serve as many queries
+/// as possible.
+struct Division {
+  int64_t strips_per_head = 0;
+  int64_t tasks_per_head = 1; // 1 when heads_per_task > 1
+  int64_t strips_per_task = 0;
+  int64_t heads_per_task = 1;
+  int64_t tasks = 0; // of one key head of one sequence
 
-std::string instruction_set() { return "scalar"; }
+  Division(int64_t used_rows, int64_t unused_rows, int64_t group, int Br) {
+    const int64_t most = Br / strip_rows;
+    strips_per_head = ceil_div(used_rows, strip_rows) + ceil_div(unused_rows, strip_rows);
+    if (strips_per_head == 0) return;
+    tasks_per_head = ceil_div(strips_per_head, most);
+    strips_per_task = ceil_div(strips_per_head, tasks_per_head);
+    heads_per_task = std::clamp<int64_t>(most / strips_per_head, 1, group);
+    tasks = tasks_per_head * ceil_div(group, heads_per_task);
+  }
+};
 
-int threads() { return 1; }
+/// One task: the strips of `part` of a key head, against part `split` of the keys they see.
+struct Item {
+  int64_t b, h_k, part;
+  int split;
+  int64_t cost; // visible (strip, key) pairs
+};
+
+class Forward {
+public:
+  Forward(const Problem& problem, const Tiling& tiling)
+      : problem_(problem), tiling_(tiling), set_(chosen_instruction_set()) {
+    kernel_ = problem.dtype == DType::float16    ? set_.float16
+              : problem.dtype == DType::bfloat16 ? set_.bfloat16
+                                                 : set_.float32;
+  }
+
+  void run() {
+    make_items();
+    const int threads = is_tiny() ? 1 : thread_count();
+    const auto task = [&](int64_t i, Scratch& scratch) { run_item(items_[i], scratch); };
+    if (tiling_.splits > 1)
+      partials_ = std::make_unique_for_overwrite<float[]>(items_.size() * partial_floats());
+    run_tasks(static_cast<int64_t>(items_.size()), threads, task);
+    if (tiling_.splits > 1) merge(threads);
+  }
+
+private:
+  using Strips = Strip[most_strips];
+
+  /// Too little work to wake another thread for.
+  bool is_tiny() const {
+    int64_t pairs = 0;
+    for (const Item& item : items_) pairs += item.cost * strip_rows / tiling_.splits;
+    return pairs * (problem_.d + problem_.dv) < 500'000;
+  }
+
+  /// The strips of an item, without partial results. Returns how many.
+  int make_strips(const Item& item, const Sequence& sequence, Strips& strips) const {
+    const int64_t unused = sequence.rows_q - sequence.seqlen_q;
+    const Division division(sequence.seqlen_q, unused, problem_.group(), tiling_.Br);
+    const int64_t used_strips = ceil_div(sequence.seqlen_q, strip_rows);
+    const int64_t first_head = item.part / division.tasks_per_head * division.heads_per_task;
+    const int64_t first = item.part % division.tasks_per_head * division.strips_per_task;
+    const int64_t last = std::min(first + division.strips_per_task, division.strips_per_head);
+    const int64_t last_head = std::min(first_head + division.heads_per_task, problem_.group());
+    int count = 0;
+    for (int64_t head = first_head; head < last_head; ++head)
+      for (int64_t n = first; n < last; ++n) {
+        const int64_t h = item.h_k * problem_.group() + head;
+        strips[count++] =
+            n < used_strips
+                ? make_strip(sequence, item.b, h, n * strip_rows)
+                : make_unused(sequence, h, sequence.seqlen_q + (n - used_strips) * strip_rows);
+      }
+    return count;
+  }
+
+  /// Queries [first, first + strip_rows) of head h, and the keys they see.
+  Strip make_strip(const Sequence& sequence, int64_t b, int64_t h, int64_t first) const {
+    const auto& mask = problem_.mask;
+    Strip strip = place(sequence, h, first);
+    strip.rows = static_cast<int>(std::min<int64_t>(strip_rows, sequence.seqlen_q - first));
+    strip.diagonal = first + sequence.seqlen_k - sequence.seqlen_q;
+    strip.visible_begin = strip.diagonal - mask.left;
+    strip.visible_end = strip.diagonal + mask.right + 1;
+    const KeyBlocks keys =
+        key_blocks(static_cast<int>(first), strip.rows, 1, static_cast<int>(sequence.seqlen_q),
+                   static_cast<int>(sequence.seqlen_k), static_cast<int>(mask.left),
+                   static_cast<int>(mask.right));
+    strip.key_begin = keys.begin;
+    strip.key_end = keys.end;
+    strip.full_begin = keys.full_begin;
+    strip.full_end = keys.full_end;
+    strip.slope =
+        problem_.alibi_slopes ? problem_.alibi_slopes[b * problem_.alibi_batch + h] : 0.0f;
+    return strip;
+  }
+
+  /// Rows past seqused: they see nothing.
+  Strip make_unused(const Sequence& sequence, int64_t h, int64_t first) const {
+    Strip strip = place(sequence, h, first);
+    strip.rows = static_cast<int>(std::min<int64_t>(strip_rows, sequence.rows_q - first));
+    return strip;
+  }
+
+  Strip place(const Sequence& sequence, int64_t h, int64_t first) const {
+    const int64_t size = size_of(problem_.dtype);
+    const View &q = problem_.q, &o = problem_.o;
+    Strip strip{};
+    strip.q = static_cast<const char*>(q.data) + (sequence.q + first * q.row + h * q.head) * size;
+    strip.o = static_cast<char*>(o.data) + (sequence.o + first * o.row + h * o.head) * size;
+    if (problem_.lse) strip.lse = problem_.lse + sequence.lse + h * sequence.lse_head + first;
+    return strip;
+  }
+
+  void make_items() {
+    for (int64_t b = 0; b < problem_.batch; ++b) {
+      const Sequence sequence = sequence_of(problem_, b);
+      const Division division(sequence.seqlen_q, sequence.rows_q - sequence.seqlen_q,
+                              problem_.group(), tiling_.Br);
+      for (int64_t part = 0; part < division.tasks; ++part) {
+        Item item{b, 0, part, 0, 0};
+        Strips strips;
+        const int count = make_strips(item, sequence, strips);
+        for (int i = 0; i < count; ++i) item.cost += strips[i].key_end - strips[i].key_begin;
+        for (item.h_k = 0; item.h_k < problem_.heads_k; ++item.h_k)
+          for (item.split = 0; item.split < tiling_.splits; ++item.split) items_.push_back(item);
+      }
+    }
+    // Heaviest first, so that no thread is left with much when the others are done. Splits of one
+    // part stay together: merge() counts on it.
+    std::stable_sort(items_.begin(), items_.end(),
+                     [](const Item& a, const Item& b) { return a.cost > b.cost; });
+  }
+
+  size_t partial_floats() const {
+    return static_cast<size_t>(tiling_.Br) * (static_cast<size_t>(problem_.dv) + 2);
+  }
+  float* partial_of(const Item& item) const {
+    return partials_.get() + static_cast<size_t>(&item - items_.data()) * partial_floats();
+  }
+
+  void run_item(const Item& item, Scratch& scratch) const {
+    const Sequence sequence = sequence_of(problem_, item.b);
+    Strips strips;
+    Block block{};
+    block.strips = strips;
+    block.strip_count = make_strips(item, sequence, strips);
+    const int64_t size = size_of(problem_.dtype);
+    block.k = static_cast<const char*>(problem_.k.data) +
+              (sequence.k + item.h_k * problem_.k.head) * size;
+    block.v = static_cast<const char*>(problem_.v.data) +
+              (sequence.v + item.h_k * problem_.v.head) * size;
+    block.q_row = problem_.q.row;
+    block.k_row = problem_.k.row;
+    block.v_row = problem_.v.row;
+    block.o_row = problem_.o.row;
+    block.d = static_cast<int>(problem_.d);
+    block.dv = static_cast<int>(problem_.dv);
+    block.seqlen_k = static_cast<int>(sequence.seqlen_k);
+    block.scale = problem_.scale;
+    block.softcap = problem_.softcap;
+    block.alibi = problem_.alibi_slopes != nullptr;
+    choose_keys(item, block);
+    if (tiling_.splits > 1) {
+      float* partial = partial_of(item);
+      for (int i = 0; i < block.strip_count; ++i)
+        strips[i].partial = partial + i * strip_rows * (problem_.dv + 2);
+    }
+    kernel_(block, scratch.floats(set_.scratch(block.strip_count, block.d, block.dv)));
+  }
+
+  /// The keys that any strip sees; of these, the item's split in whole blocks.
+  void choose_keys(const Item& item, Block& block) const {
+    int begin = std::numeric_limits<int>::max(), end = 0;
+    for (int i = 0; i < block.strip_count; ++i) {
+      const Strip& strip = block.strips[i];
+      if (strip.key_begin >= strip.key_end) continue;
+      begin = std::min(begin, strip.key_begin);
+      end = std::max(end, strip.key_end);
+    }
+    if (begin >= end) return; // nobody sees anything
+    const int64_t first = begin / block_keys, blocks = ceil_div(end, block_keys) - first;
+    const auto boundary = [&](int split) {
+      return static_cast<int>((first + blocks * split / tiling_.splits) * block_keys);
+    };
+    block.key_begin = std::max(begin, boundary(item.split));
+    block.key_end = std::min(end, boundary(item.split + 1));
+  }
+
+  void merge(int threads) const {
+    const int64_t parts = static_cast<int64_t>(items_.size()) / tiling_.splits;
+    run_tasks(parts, threads, [&](int64_t part, Scratch&) {
+      const Item& item = items_[part * tiling_.splits];
+      switch (problem_.dtype) {
+      case DType::float16:
+        return merge_item<Float16>(item);
+      case DType::bfloat16:
+        return merge_item<BFloat16>(item);
+      default:
+        return merge_item<float>(item);
+      }
+    });
+  }
+
+  template <class T>
+  void merge_item(const Item& item) const {
+    Strips strips;
+    const int count = make_strips(item, sequence_of(problem_, item.b), strips);
+    for (int i = 0; i < count; ++i)
+      for (int r = 0; r < strips[i].rows; ++r)
+        merge_row(partial_of(item) + (i * strip_rows + r) * (problem_.dv + 2),
+                  static_cast<T*>(strips[i].o) + r * problem_.o.row,
+                  strips[i].lse ? strips[i].lse + r : nullptr);
+  }
+
+  /// O = sum_s w_s O_s / sum_s w_s l_s with w_s = 2^(m_s - max m), in the order of the splits.
+  template <class T>
+  void merge_row(const float* partial, T* o, float* lse) const {
+    const int64_t dv = problem_.dv;
+    const auto split = [&](int s) { return partial + s * partial_floats(); };
+    float m = -std::numeric_limits<float>::infinity();
+    for (int s = 0; s < tiling_.splits; ++s) m = std::max(m, split(s)[dv]);
+    const bool empty = m == -std::numeric_limits<float>::infinity();
+    std::vector<float> sum(static_cast<size_t>(dv), 0.0f);
+    float l = 0;
+    for (int s = 0; s < tiling_.splits && !empty; ++s) {
+      const float weight = std::exp2(split(s)[dv] - m);
+      l += weight * split(s)[dv + 1];
+      for (int64_t e = 0; e < dv; ++e) sum[e] += weight * split(s)[e];
+    }
+    for (int64_t e = 0; e < dv; ++e) store(empty ? 0.0f : sum[e] / l, o[e]);
+    if (lse) *lse = empty ? m : static_cast<float>((m + std::log2(static_cast<double>(l))) * M_LN2);
+  }
+
+  const Problem& problem_;
+  const Tiling tiling_;
+  const InstructionSet& set_;
+  InstructionSet::Forward kernel_;
+  std::vector<Item> items_;
+  std::unique_ptr<float[]> partials_; // [items][Br][dv + 2] when the keys are split
+};
+
+} // namespace
+
+Tiling tiling(const Problem& problem) {
+  constexpr int64_t enough_tasks = 32, least_keys = 512; // of a split
+  Tiling tiling;
+  tiling.Br = (problem.d + problem.dv > 256 ? most_strips / 2 : most_strips) * strip_rows;
+  tiling.Bc = block_keys;
+  const Division division(problem.seqlen_q, 0, std::max<int64_t>(1, problem.group()), tiling.Br);
+  const int64_t tasks = std::max<int64_t>(1, division.tasks * problem.heads_k * problem.batch);
+  tiling.splits = static_cast<int>(std::clamp<int64_t>(
+      std::min(ceil_div(enough_tasks, tasks), problem.seqlen_k / least_keys), 1, enough_tasks));
+  return tiling;
+}
+
+void forward(const Problem& problem, const Tiling& tiling) {
+  if (problem.dtype == DType::float64)
+    throw NotSupported("float64 is computed by the reference only");
+  Forward(problem, tiling).run();
+}
+
+int threads() { return thread_count(); }
 
 } // namespace anyflash::cpu

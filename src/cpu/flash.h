@@ -1,0 +1,452 @@
+// FlashAttention-2 on a CPU, once for every instruction set. Each of scalar.cpp, avx2.cpp,
+// avx512.cpp and neon.cpp defines a Simd type and includes this file.
+//
+// NOTE: all of it is in an unnamed namespace, and it calls nothing that is inline elsewhere (not
+// even std::min): the linker keeps one copy of an inline function for the whole library, and that
+// copy might be the one with instructions that this machine lacks.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/block.h"
+#include "cpu/convert.h"
+
+#if defined(__clang__)
+#define ANYFLASH_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define ANYFLASH_UNROLL _Pragma("GCC unroll 32")
+#else
+#define ANYFLASH_UNROLL
+#endif
+#if defined(__GNUC__)
+#define ANYFLASH_INLINE __attribute__((always_inline)) inline
+#else
+#define ANYFLASH_INLINE __forceinline
+#endif
+
+namespace anyflash::cpu {
+namespace {
+
+constexpr float log2_e = 1.44269504088896341f;
+constexpr float ln_2 = 0.69314718055994531f;
+constexpr float infinity = __builtin_huge_valf();
+
+template <class T>
+constexpr T min(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+constexpr T max(T a, T b) {
+  return a > b ? a : b;
+}
+constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+/// 2^x for x <= 0 up to 2^127, exactly 0 for x <= -127. x = n + f with |f| <= 1/2; 2^f by a
+/// polynomial whose constant term is exactly 1, 2^n added to the exponent. Relative error 8.2e-8
+/// (fine) or 3.7e-6 (enough where O has 16 bits).
+template <class Simd, bool fine>
+ANYFLASH_INLINE typename Simd::Vector exp2(typename Simd::Vector x) {
+  const auto magic = Simd::set(12582912.0f); // 1.5 * 2^23: adding it rounds to an integer
+  x = Simd::max(Simd::set(-127.0f), x);      // in this order x86 keeps a NaN
+  const auto shifted = Simd::add(x, magic);
+  const auto f = Simd::sub(x, Simd::sub(shifted, magic));
+  typename Simd::Vector p;
+  if constexpr (fine) {
+    p = Simd::set(1.5594678e-4f);
+    p = Simd::multiply_add(p, f, Simd::set(1.34066439e-3f));
+    p = Simd::multiply_add(p, f, Simd::set(9.61769297e-3f));
+    p = Simd::multiply_add(p, f, Simd::set(5.55031055e-2f));
+    p = Simd::multiply_add(p, f, Simd::set(2.40226528e-1f));
+    p = Simd::multiply_add(p, f, Simd::set(6.93147215e-1f));
+  } else {
+    p = Simd::set(9.78291264e-3f);
+    p = Simd::multiply_add(p, f, Simd::set(5.59768836e-2f));
+    p = Simd::multiply_add(p, f, Simd::set(2.40207111e-1f));
+    p = Simd::multiply_add(p, f, Simd::set(6.93113604e-1f));
+  }
+  p = Simd::multiply_add(p, f, Simd::set(1.0f));
+  return Simd::add_exponent(p, shifted);
+}
+
+/// The algorithm for tensors of T with vectors of Simd. Tiles in scratch are fp32; matrices that a
+/// register tile reads by its columns are stored in panels of that many columns.
+template <class Simd, class T>
+struct Flash {
+  using Vector = typename Simd::Vector;
+  static constexpr int width = Simd::width;         // floats a vector
+  static constexpr int tile_rows = Simd::tile_rows; // register tile of the products
+  static constexpr int tile_vectors = Simd::tile_vectors;
+  static constexpr int panel = tile_vectors * width; // columns of a panel
+  static constexpr bool fine = sizeof(T) > 2;        // precision of the exponential
+  static_assert(strip_rows % tile_rows == 0 && block_keys % panel == 0);
+
+  /// Where things lie in scratch, in floats.
+  struct Layout {
+    int64_t q, k, v, s, o, m, l, alpha, end;
+    Layout(int strips, int d, int dv) {
+      const int64_t rows = int64_t{strips} * strip_rows;
+      const int dv_padded = round_up(dv, panel);
+      q = 0; // [strips][strip_rows / tile_rows][d][tile_rows]
+      k = q + round_up(static_cast<int>(rows) * d, 16); // [block_keys / panel][d][panel]
+      v = k + block_keys * d;                           // [dv / panel][block_keys][panel]
+      s = v + block_keys * dv_padded;                   // [strip_rows][block_keys]
+      o = s + strip_rows * block_keys;                  // [strips][dv / panel][strip_rows][panel]
+      m = o + rows * dv_padded;                         // [rows], log2 units
+      l = m + rows;             // [rows][width]: a row's sum, spread over lanes
+      alpha = l + rows * width; // [strip_rows]
+      end = alpha + strip_rows;
+    }
+  };
+
+  const Block& block;
+  const Layout layout;
+  float* const scratch;
+  const int dv_panels;
+
+  Flash(const Block& the_block, float* the_scratch)
+      : block(the_block), layout(block.strip_count, block.d, block.dv), scratch(the_scratch),
+        dv_panels(round_up(block.dv, panel) / panel) {}
+
+  // ---- Loading -------------------------------------------------------------------------------
+
+  /// The first n of width elements, zeros after them.
+  static Vector load_first(const T* x, int n) {
+    if (n >= width) return Simd::load(x);
+    T padded[width] = {};
+    for (int e = 0; e < n; ++e) padded[e] = x[e];
+    return Simd::load(padded);
+  }
+
+  /// Q of a strip times `factor`, transposed in groups of tile_rows rows.
+  void pack_queries(const Strip& strip, float factor, float* packed) const {
+    const T* q = static_cast<const T*>(strip.q);
+    for (int r = 0; r < strip.rows; ++r) {
+      float* to = packed + int64_t{r / tile_rows} * tile_rows * block.d + r % tile_rows;
+      const T* row = q + r * block.q_row;
+      for (int e = 0; e < block.d; ++e) to[e * tile_rows] = to_float(row[e]) * factor;
+    }
+  }
+
+  /// Keys [first, first + count) transposed into panels; keys up to the end of a panel are zero.
+  void pack_keys(int first, int count) const {
+    const T* k = static_cast<const T*>(block.k) + first * block.k_row;
+    float* packed = scratch + layout.k;
+    for (int j = 0; j < round_up(count, panel); j += width) {
+      float* to = packed + int64_t{j / panel} * panel * block.d + j % panel;
+      const int keys = max(0, min(width, count - j));
+      for (int e = 0; e < block.d; e += width) {
+        const int elements = min(width, block.d - e);
+        Vector square[width];
+        if (keys == width && elements == width) {
+          ANYFLASH_UNROLL for (int r = 0; r < width; ++r) square[r] =
+              Simd::load(k + (j + r) * block.k_row + e);
+        } else {
+          for (int r = 0; r < width; ++r)
+            square[r] =
+                r < keys ? load_first(k + (j + r) * block.k_row + e, elements) : Simd::set(0.0f);
+        }
+        Simd::transpose(square);
+        if (elements == width) {
+          ANYFLASH_UNROLL for (int r = 0; r < width; ++r)
+              Simd::store(to + (e + r) * panel, square[r]);
+        } else {
+          for (int r = 0; r < elements; ++r) Simd::store(to + (e + r) * panel, square[r]);
+        }
+      }
+    }
+  }
+
+  /// Values [first, first + count) into panels, zero past dv.
+  void pack_values(int first, int count) const {
+    const T* v = static_cast<const T*>(block.v) + first * block.v_row;
+    for (int p = 0; p < dv_panels; ++p) {
+      float* to = scratch + layout.v + int64_t{p} * block_keys * panel;
+      for (int j = 0; j < count; ++j)
+        for (int c = 0; c < panel; c += width) {
+          const int column = p * panel + c;
+          const T* from = v + j * block.v_row + column;
+          const Vector x =
+              column < block.dv ? load_first(from, block.dv - column) : Simd::set(0.0f);
+          Simd::store(to + j * panel + c, x);
+        }
+    }
+  }
+
+  // ---- Products ------------------------------------------------------------------------------
+
+  /// C [rows, vectors * width] (+)= A B: element (r, k) of A at a[r * a_row + k * a_column], row k
+  /// of B at b[k * panel]. C lives in registers throughout.
+  template <int rows, int vectors, int a_row, int a_column>
+  static ANYFLASH_INLINE void multiply_add(Vector (&c)[rows][vectors], const float* a,
+                                           const float* b, int depth) {
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC unroll 2
+#endif
+    for (int k = 0; k < depth; ++k) {
+      Vector row_of_b[vectors];
+      ANYFLASH_UNROLL for (int n = 0; n < vectors; ++n) row_of_b[n] = Simd::load(b + n * width);
+      ANYFLASH_UNROLL for (int r = 0; r < rows; ++r) {
+        const Vector x = Simd::set(a[r * a_row]);
+        ANYFLASH_UNROLL for (int n = 0; n < vectors; ++n) c[r][n] =
+            Simd::multiply_add(x, row_of_b[n], c[r][n]);
+      }
+      a += a_column;
+      b += panel;
+    }
+  }
+
+  /// S [rows, panel] = Q K^T.
+  template <int rows>
+  static void score_tile(const float* q, const float* k, int d, float* s) {
+    Vector c[rows][tile_vectors];
+    ANYFLASH_UNROLL for (int r = 0; r < rows; ++r) {
+      ANYFLASH_UNROLL for (int n = 0; n < tile_vectors; ++n) c[r][n] = Simd::set(0.0f);
+    }
+    multiply_add<rows, tile_vectors, 1, tile_rows>(c, q, k, d);
+    ANYFLASH_UNROLL for (int r = 0; r < rows; ++r) {
+      ANYFLASH_UNROLL for (int n = 0; n < tile_vectors; ++n)
+          Simd::store(s + r * block_keys + n * width, c[r][n]);
+    }
+  }
+
+  /// O [rows, panel] = alpha O + P V.
+  template <int rows>
+  static void output_tile(const float* p, const float* v, int keys, const float* alpha, float* o) {
+    Vector c[rows][tile_vectors];
+    ANYFLASH_UNROLL for (int r = 0; r < rows; ++r) {
+      const Vector factor = Simd::set(alpha[r]);
+      ANYFLASH_UNROLL for (int n = 0; n < tile_vectors; ++n) c[r][n] =
+          Simd::multiply(factor, Simd::load(o + r * panel + n * width));
+    }
+    multiply_add<rows, tile_vectors, block_keys, 1>(c, p, v, keys);
+    ANYFLASH_UNROLL for (int r = 0; r < rows; ++r) {
+      ANYFLASH_UNROLL for (int n = 0; n < tile_vectors; ++n)
+          Simd::store(o + r * panel + n * width, c[r][n]);
+    }
+  }
+
+  /// Calls visit<rows>(row) for groups of tile_rows rows and the rest.
+  template <class Visit>
+  static ANYFLASH_INLINE void for_each_tile(int rows, Visit visit) {
+    int r = 0;
+    for (; r + tile_rows <= rows; r += tile_rows) visit.template operator()<tile_rows>(r);
+    rest<tile_rows - 1>(rows - r, r, visit);
+  }
+  template <int n, class Visit>
+  static ANYFLASH_INLINE void rest(int rows, int r, Visit& visit) {
+    if constexpr (n > 0) {
+      if (rows == n) return visit.template operator()<n>(r);
+      rest<n - 1>(rows, r, visit);
+    }
+  }
+
+  /// S of a strip against keys [begin, end) of the block, whole panels.
+  void multiply_queries(const Strip& strip, const float* q, int begin, int end) const {
+    float* s = scratch + layout.s;
+    for (int j = begin; j < end; j += panel) {
+      const float* k = scratch + layout.k + int64_t{j} * block.d;
+      for_each_tile(strip.rows, [&]<int rows>(int r) {
+        score_tile<rows>(q + int64_t{r} * block.d, k, block.d, s + r * block_keys + j);
+      });
+    }
+  }
+
+  /// O of a strip = alpha O + P V over keys [begin, end) of the block.
+  void multiply_values(const Strip& strip, float* o, int begin, int end) const {
+    const float* p = scratch + layout.s;
+    const float* alpha = scratch + layout.alpha;
+    for (int n = 0; n < dv_panels; ++n) {
+      const float* v = scratch + layout.v + (int64_t{n} * block_keys + begin) * panel;
+      float* to = o + int64_t{n} * strip_rows * panel;
+      for_each_tile(strip.rows, [&]<int rows>(int r) {
+        output_tile<rows>(p + r * block_keys + begin, v, end - begin, alpha + r, to + r * panel);
+      });
+    }
+  }
+
+  // ---- Scores --------------------------------------------------------------------------------
+
+  /// tanh(x) = 1 - 2 / (1 + e^(2x)), in e^(-2|x|) so that nothing overflows.
+  static Vector tanh(Vector x) {
+    const Vector e = exp2<Simd, true>(Simd::multiply(Simd::abs(x), Simd::set(-2 * log2_e)));
+    const Vector one = Simd::set(1.0f);
+    const Vector t = Simd::divide(Simd::sub(one, e), Simd::add(one, e));
+    return Simd::copy_sign(t, x);
+  }
+
+  /// Softcap and ALiBi on one row of scores, in log2 units. `distance` is the key at column 0 minus
+  /// the key that the row is aligned with.
+  void transform(float* s, int begin, int end, float slope, float distance) const {
+    const Vector cap = Simd::set(block.softcap * log2_e);
+    const Vector steep = Simd::set(-slope * log2_e);
+    for (int c = begin; c < end; c += width) {
+      Vector x = Simd::load(s + c);
+      if (block.softcap > 0) x = Simd::multiply(cap, tanh(x));
+      if (block.alibi) {
+        const Vector away =
+            Simd::abs(Simd::add(Simd::set(distance + static_cast<float>(c)), Simd::iota()));
+        x = Simd::multiply_add(steep, away, x);
+      }
+      Simd::store(s + c, x);
+    }
+  }
+
+  /// Minus infinity outside columns [visible_begin, visible_end).
+  static void mask(float* s, int begin, int end, int visible_begin, int visible_end) {
+    const Vector low = Simd::set(static_cast<float>(visible_begin));
+    const Vector high = Simd::set(static_cast<float>(visible_end));
+    for (int c = begin; c < end; c += width) {
+      if (c >= visible_begin && c + width <= visible_end) continue;
+      const Vector column = Simd::add(Simd::set(static_cast<float>(c)), Simd::iota());
+      Simd::store(s + c, Simd::keep_between(Simd::load(s + c), low, column, high));
+    }
+  }
+
+  // ---- Softmax -------------------------------------------------------------------------------
+
+  static float row_max(const float* s, int begin, int end) {
+    Vector a = Simd::load(s + begin), b = a;
+    int c = begin + width;
+    for (; c + width < end; c += 2 * width) {
+      a = Simd::max(a, Simd::load(s + c));
+      b = Simd::max(b, Simd::load(s + c + width));
+    }
+    if (c < end) a = Simd::max(a, Simd::load(s + c));
+    return Simd::highest(Simd::max(a, b));
+  }
+
+  /// s = 2^(s - m) in place; returns the sum, spread over lanes.
+  static Vector exponentials(float* s, int begin, int end, float m) {
+    const Vector shift = Simd::set(m);
+    Vector sum = Simd::set(0.0f);
+    for (int c = begin; c < end; c += width) {
+      const Vector p = exp2<Simd, fine>(Simd::sub(Simd::load(s + c), shift));
+      Simd::store(s + c, p);
+      sum = Simd::add(sum, p);
+    }
+    return sum;
+  }
+
+  /// Turns the scores of a row into probabilities and updates its state; returns alpha.
+  /// A row that has seen no key keeps m = -inf and l = 0.
+  static float softmax_row(float* s, int begin, int end, float& m, float* l) {
+    const float highest = max(m, row_max(s, begin, end));
+    const float m_finite = highest == -infinity ? 0.0f : highest;
+    const float alpha =
+        m == highest ? 1.0f : Simd::first(exp2<Simd, true>(Simd::set(m - m_finite)));
+    const Vector sum = exponentials(s, begin, end, m_finite);
+    Simd::store(l, Simd::multiply_add(Simd::load(l), Simd::set(alpha), sum));
+    m = highest;
+    return alpha;
+  }
+
+  /// S becomes P for one strip against columns [begin, end) of the key block at `first_key`.
+  void softmax(const Strip& strip, int first_row, int first_key, int begin, int end) const {
+    const bool transformed = block.softcap > 0 || block.alibi;
+    const bool on_edge = first_key + begin < strip.full_begin || first_key + end > strip.full_end;
+    for (int r = 0; r < strip.rows; ++r) {
+      float* s = scratch + layout.s + r * block_keys;
+      if (transformed)
+        transform(s, begin, end, strip.slope, static_cast<float>(first_key - strip.diagonal - r));
+      if (on_edge) {
+        const int64_t low = max<int64_t>(0, strip.visible_begin + r) - first_key;
+        const int64_t high = min<int64_t>(block.seqlen_k, strip.visible_end + r) - first_key;
+        mask(s, begin, end, static_cast<int>(max<int64_t>(begin, min<int64_t>(low, end))),
+             static_cast<int>(min<int64_t>(end, max<int64_t>(high, begin))));
+      }
+      const int row = first_row + r;
+      scratch[layout.alpha + r] = softmax_row(s, begin, end, scratch[layout.m + row],
+                                              scratch + layout.l + int64_t{row} * width);
+    }
+  }
+
+  // ---- The loop ------------------------------------------------------------------------------
+
+  /// One strip and one key block [first, first + count):
+  /// S = Q K_j^T, score, mask, P = exp2(S - m), O = alpha O + P V_j.
+  void step(int index, int first, int count) const {
+    const Strip& strip = block.strips[index];
+    // Only panels with a key that some row sees, inside what was packed.
+    const int begin = max(strip.key_begin - first, 0) / panel * panel;
+    const int visible = min(strip.key_end - first, count);
+    if (begin >= visible) return;
+    const int end = round_up(visible, panel);
+    const int64_t rows = int64_t{index} * strip_rows;
+    multiply_queries(strip, scratch + layout.q + rows * block.d, begin, end);
+    softmax(strip, static_cast<int>(rows), first, begin, end);
+    multiply_values(strip, scratch + layout.o + rows * dv_panels * panel, begin, visible);
+  }
+
+  void run() const {
+    const float factor = block.softcap > 0 ? block.scale / block.softcap : block.scale * log2_e;
+    const int64_t rows = int64_t{block.strip_count} * strip_rows;
+    for (int i = 0; i < block.strip_count; ++i)
+      pack_queries(block.strips[i], factor, scratch + layout.q + int64_t{i} * strip_rows * block.d);
+    std::memset(scratch + layout.o, 0, sizeof(float) * rows * dv_panels * panel);
+    std::memset(scratch + layout.l, 0, sizeof(float) * rows * width);
+    for (int64_t r = 0; r < rows; ++r) scratch[layout.m + r] = -infinity;
+
+    const int last = block.key_begin < block.key_end ? (block.key_end - 1) / block_keys : -1;
+    for (int j = last; j >= block.key_begin / block_keys && j >= 0; --j) {
+      const int first = max(j * block_keys, block.key_begin / panel * panel);
+      const int count = min((j + 1) * block_keys, block.key_end) - first;
+      pack_keys(first, count);
+      pack_values(first, count);
+      for (int i = 0; i < block.strip_count; ++i) step(i, first, count);
+    }
+    for (int i = 0; i < block.strip_count; ++i) finish(i);
+  }
+
+  // ---- Storing -------------------------------------------------------------------------------
+
+  /// O and L of a strip, or its partial results when the keys are split.
+  void finish(int index) const {
+    const Strip& strip = block.strips[index];
+    for (int r = 0; r < strip.rows; ++r) {
+      const int64_t row = int64_t{index} * strip_rows + r;
+      const float* o =
+          scratch + layout.o + int64_t{index} * strip_rows * dv_panels * panel + int64_t{r} * panel;
+      const float m = scratch[layout.m + row];
+      const float l = Simd::total(Simd::load(scratch + layout.l + row * width));
+      if (strip.partial) {
+        float* to = strip.partial + r * (int64_t{block.dv} + 2);
+        store_row(to, o, 1.0f);
+        to[block.dv] = m;
+        to[block.dv + 1] = l;
+      } else {
+        store_row(static_cast<T*>(strip.o) + r * block.o_row, o, l == 0 ? 0.0f : 1 / l);
+        if (strip.lse) strip.lse[r] = l == 0 ? -infinity : (m + __builtin_log2f(l)) * ln_2;
+      }
+    }
+  }
+
+  /// One row of O [dv / panel][strip_rows][panel], times `factor`.
+  template <class To>
+  void store_row(To* to, const float* o, float factor) const {
+    for (int e = 0; e < block.dv; e += width) {
+      const Vector x = Simd::multiply(
+          Simd::set(factor), Simd::load(o + e / panel * int64_t{strip_rows} * panel + e % panel));
+      if (e + width <= block.dv) {
+        Simd::store(to + e, x);
+      } else {
+        To whole[width];
+        Simd::store(whole, x);
+        for (int i = 0; e + i < block.dv; ++i) to[e + i] = whole[i];
+      }
+    }
+  }
+};
+
+template <class Simd, class T>
+void forward(const Block& block, float* scratch) {
+  Flash<Simd, T>(block, scratch).run();
+}
+
+template <class Simd>
+int64_t scratch_floats(int strips, int d, int dv) {
+  return typename Flash<Simd, float>::Layout(strips, d, dv).end;
+}
+
+} // namespace
+} // namespace anyflash::cpu
