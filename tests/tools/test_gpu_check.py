@@ -1,0 +1,134 @@
+"""What of tools/gpu_check.py runs without a GPU: reading outputs, time limits, importing."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import gpu_check
+import gpu_record
+import pytest
+from gpu_check import (
+    Clock,
+    count_cases,
+    count_errors,
+    count_tests,
+    image_of,
+    parse,
+    read_cells,
+    run,
+)
+
+
+def test_images_and_how_to_ask_for_them():
+    assert image_of("sm_90").environment == {"ANYFLASH_IMAGE": "sm_90"}
+    assert image_of("compute_80").name == "compute_80 PTX"
+    assert image_of("rows_86").environment == {"ANYFLASH_PLAN_FOR": "86"}
+    with pytest.raises(SystemExit, match="none of"):
+        image_of("h100")
+
+
+def test_expected_images_are_images():
+    for images in gpu_record.EXPECTED_IMAGES.values():
+        for name in images:
+            assert image_of(name.replace(" PTX", "")).name == name
+
+
+def test_outcomes_are_counted():
+    text = """
+tests/device/test_forward.py::test_case[a b-float16] PASSED              [  1%]
+tests/device/test_forward.py::test_case[FAILED of name-float16] PASSED   [  1%]
+tests/device/test_forward.py::test_case[plain-bfloat16] FAILED           [  2%]
+tests/device/test_gpu.py::test_x SKIPPED (needs 24 GiB)                  [  3%]
+tests/device/test_gpu.py::test_y ERROR                                   [  4%]
+FAILED tests/device/test_forward.py::test_case[plain-bfloat16] - assert 'O[0] ...
+"""
+    assert count_tests(text) == {"passed": 2, "failed": 2, "skipped": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "errors"),
+    [
+        ("========= ERROR SUMMARY: 0 errors\n", 0),
+        ("========= Invalid __global__ read\n========= ERROR SUMMARY: 1 error\n", 1),
+        ("========= RACECHECK SUMMARY: 3 hazards displayed (1 error, 2 warnings)\n", 3),
+        ("Device not supported\n", None),
+    ],
+)
+def test_sanitizer_summaries(text, errors):
+    assert count_errors(text) == errors
+
+
+def test_cases_of_the_sanitized_program():
+    assert count_cases("========= X\ncases: 42, rows reached: 4 of 4\n") == 42
+    assert count_cases("Traceback\n") is None
+
+
+def test_cells_survive_a_cut_off_line(tmp_path):
+    path = tmp_path / "cells.jsonl"
+    path.write_text('{"d": 64}\n{"d": 128}\n{"d": 2')
+    assert read_cells(path) == [{"d": 64}, {"d": 128}]
+    assert read_cells(tmp_path / "none.jsonl") == []
+
+
+def test_run_returns_output_and_status(tmp_path):
+    log = tmp_path / "log.txt"
+    first = run([sys.executable, "-c", "print('a'); exit(3)"], dict(os.environ), log, 60)
+    second = run([sys.executable, "-c", "print('b')"], dict(os.environ), log, 60)
+    assert (first.text.strip(), first.status) == ("a", 3)
+    assert (second.text.strip(), second.status) == ("b", 0)
+    assert log.read_text().count("====") == 2
+
+
+def test_run_ends_children_when_the_time_is_over(tmp_path):
+    script = "import subprocess; print('begun', flush=True); subprocess.run(['sleep', '100'])"
+    begin = time.monotonic()
+    output = run([sys.executable, "-c", script], dict(os.environ), tmp_path / "log.txt", 3)
+    assert output.status is None
+    assert "begun" in output.text
+    assert time.monotonic() - begin < 50
+
+
+def test_clock():
+    clock = Clock(1000)
+    assert clock.left(5) == 5
+    assert 990 < clock.left() <= 1000
+    assert Clock(0).out()
+
+
+def test_arguments():
+    arguments = parse(["--wheel", "a.whl", "--sanitizers", "all", "--explained", "racecheck=2"])
+    assert arguments.sanitizers == ["memcheck", "racecheck", "initcheck", "synccheck"]
+    assert arguments.explained == {"racecheck": 2}
+    for wrong in ([], ["--wheel", "a.whl", "--sanitizers", "lint"]):
+        with pytest.raises(SystemExit):
+            parse(wrong)
+
+
+def section(hash_):
+    return {
+        "op": "fwd",
+        "family": "sm80",
+        "image": "sm_90",
+        "hash": hash_,
+        "date": "2026-01-01",
+        "tests": {"passed": 1, "failed": 0, "skipped": 0},
+    }
+
+
+def test_import_merges_a_run_of_these_sources(tmp_path):
+    hash_ = gpu_record.source_hash("fwd", "sm80")
+    gpu_record.write({"sections": [section(hash_)]}, tmp_path / "record.json")
+    target = tmp_path / "into.json"
+    gpu_check.import_record(tmp_path, target)
+    assert (
+        gpu_record.read(target)["sections"] == gpu_record.read(tmp_path / "record.json")["sections"]
+    )
+
+
+def test_import_refuses_a_run_of_other_sources(tmp_path):
+    gpu_record.write({"sections": [section("other")]}, tmp_path / "record.json")
+    with pytest.raises(SystemExit, match="other sources"):
+        gpu_check.import_record(tmp_path, tmp_path / "into.json")
+    assert not (tmp_path / "into.json").exists()
