@@ -195,13 +195,10 @@ int multiprocessors_of(int compute_capability) {
 } // namespace
 
 std::string why_not_plain(const Problem& problem) {
-  if (problem.mask.left != Mask::unbounded)
-    return "a window to the left of " + to_string(problem.mask.left) + " keys";
-  if (problem.mask.right != Mask::unbounded && problem.mask.right != 0)
-    return "a window to the right of " + to_string(problem.mask.right) + " keys";
   if (problem.softcap != 0) return "softcap";
   if (!(problem.scale > 0)) return "a scale that is not positive";
   if (problem.alibi) return "ALiBi";
+  if (problem.scale <= 0) return "a scale that is not positive";
   if (!problem.aligned) return "rows of q, k, v or the output that do not start on 16 bytes";
   return "";
 }

@@ -47,14 +47,14 @@ struct ForwardParams {
   const int32_t* seqused_q; // [B]; null: all
   const int32_t* seqused_k;
   Strides q_strides, k_strides, v_strides, o_strides;
-  int64_t lse_batch;    // elements between sequences of L; 0 when packed
-  int64_t lse_head;     // elements between heads of L
-  int64_t alibi_batch;  // 0: slopes are [H]
-  Divisor heads;         // H
-  Divisor group;         // H / Hk
-  Divisor section_heads; // heads (of all sequences) whose blocks run together; see QueryBlock
+  int64_t lse_batch;      // elements between sequences of L; 0 when packed
+  int64_t lse_head;       // elements between heads of L
+  int64_t alibi_batch;    // 0: slopes are [H]
+  Divisor heads;          // H
+  Divisor group;          // H / Hk
+  Divisor section_heads;  // heads (of all sequences) whose blocks run together; see QueryBlock
   Divisor section_blocks; // section_heads * query_blocks
-  int32_t query_blocks;  // blocks of Br rows a (sequence, head); of the longest when packed
+  int32_t query_blocks;   // blocks of Br rows a (sequence, head); of the longest when packed
   int32_t batch;
   int32_t seqlen_q; // dense: N; packed: the stated maximum
   int32_t seqlen_k;

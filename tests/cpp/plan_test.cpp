@@ -92,8 +92,10 @@ TEST(Plan, PlainServesWhatItCanAndGeneralTheRest) {
   EXPECT_EQ(variant([](anyflash_problem& p) { p.causal = 1; }), "plain");
   EXPECT_EQ(variant([](anyflash_problem& p) { p.window_right = 0; }), "plain");
   EXPECT_EQ(variant([](anyflash_problem& p) { p.window_left = 299; }), "plain"); // hides nothing
-  EXPECT_EQ(variant([](anyflash_problem& p) { p.window_left = 100; }), "general");
-  EXPECT_EQ(variant([](anyflash_problem& p) { p.window_right = 3; }), "general");
+  EXPECT_EQ(variant([](anyflash_problem& p) { p.window_left = 100; }), "plain");
+  EXPECT_EQ(variant([](anyflash_problem& p) { p.window_right = 3; }), "plain");
+  EXPECT_EQ(variant([](anyflash_problem& p) { p.scale = -1; }), "general");
+  EXPECT_EQ(variant([](anyflash_problem& p) { p.scale = 0; }), "general");
   EXPECT_EQ(variant([](anyflash_problem& p) { p.softcap = 10; }), "general");
   EXPECT_EQ(variant([](anyflash_problem& p) { p.q.strides[1] += 1; }), "general");
   EXPECT_EQ(variant([](anyflash_problem& p) {

@@ -6,13 +6,9 @@ namespace anyflash::sm80 {
 
 /// Q, then the stages of K, then the stages of V, each [rows, columns] of 16-bit values. O leaves
 /// through the same bytes when the loop is over.
-constexpr int forward_shared_bytes(int d, int dv, int Br, int Bc, int k_stages, int v_stages,
-                                   int q_in_registers) {
-  const int q = Br * d * 2;
-  const int keys = Bc * (k_stages * d + v_stages * dv) * 2;
+constexpr int forward_shared_bytes(int d, int dv, int Br, int Bc, int k_stages, int v_stages) {
+  const int loop = (Br * d + Bc * (k_stages * d + v_stages * dv)) * 2;
   const int o = Br * dv * 2;
-  // With Q in registers its tile is read once, before the first keys arrive in the same place.
-  const int loop = q_in_registers ? (q > keys ? q : keys) : q + keys;
   return loop > o ? loop : o;
 }
 

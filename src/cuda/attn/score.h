@@ -1,0 +1,44 @@
+// What happens to scores before the mask and the softmax.
+#pragma once
+
+#include "cuda/ptx/math.h"
+
+namespace anyflash {
+
+/// ALiBi slope of this block's head in units of S; 0 without ALiBi.
+template <class Block>
+DEVICE float alibi_slope(const ForwardParams& p, const Block& block) {
+  return p.alibi_slopes
+             ? p.alibi_slopes[block.sequence * p.alibi_batch + block.head] * p.alibi_factor
+             : 0;
+}
+
+/// What Q K^T goes through before the mask, except for the positive factor that the softmax
+/// applies: softcap, or the sign of a negative scale; then ALiBi. Branches are uniform over the
+/// block.
+template <class Scores, class Block>
+DEVICE void apply_score(Scores& s, const ForwardParams& p, const Block& block, float slope,
+                        int first_query, int first_key) {
+  if (p.softcap_in != 0) {
+    UNROLL
+    for (int r = 0; r < Scores::rows; ++r) UNROLL
+    for (int c = 0; c < Scores::columns; ++c) s(r, c) = tanh_approx(s(r, c) * p.softcap_in);
+  } else if (p.negative) {
+    UNROLL
+    for (int r = 0; r < Scores::rows; ++r) UNROLL
+    for (int c = 0; c < Scores::columns; ++c) s(r, c) = -s(r, c);
+  }
+  if (slope != 0) {
+    const int query = recomputed(first_query);
+    UNROLL
+    for (int r = 0; r < Scores::rows; ++r) {
+      const float distance =
+          query + Scores::row(r) + block.diagonal() - first_key - Scores::first_column();
+      UNROLL
+      for (int c = 0; c < Scores::columns; ++c)
+        s(r, c) -= slope * fabsf(distance - Scores::column_offset(c));
+    }
+  }
+}
+
+} // namespace anyflash
