@@ -191,6 +191,12 @@ ANYFLASH_API anyflash_status anyflash_environment(char* text, size_t capacity, s
 typedef void (*anyflash_notice_handler)(const char* message, void* context);
 ANYFLASH_API void anyflash_set_notice_handler(anyflash_notice_handler handler, void* context);
 
+/**
+ * Adds a folder to those where the kernel compiler (libnvrtc, for kernels that the package was not
+ * built with) is looked for: a site-packages folder of Python, which may hold NVIDIA's pip packages.
+ */
+ANYFLASH_API void anyflash_add_compiler_path(const char* site_packages);
+
 #ifdef __cplusplus
 }
 #endif

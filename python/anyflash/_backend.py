@@ -19,6 +19,7 @@ def choose() -> Callable[..., Any]:
         except ImportError:
             pass
         else:
+            _library.library()  # tells the library where this Python keeps libnvrtc
             _fast.bind(_library.find(), _call.forward, _library.show_notice)
             return _fast.forward  # type: ignore[no-any-return,unused-ignore]
     return _call.forward

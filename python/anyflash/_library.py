@@ -183,6 +183,11 @@ def library() -> ctypes.CDLL:
     lib.anyflash_set_notice_handler.argtypes = [_NoticeHandler, pointer]
     lib.anyflash_set_notice_handler.restype = None
     lib.anyflash_set_notice_handler(_show_notice, None)
+    lib.anyflash_add_compiler_path.argtypes = [text]
+    lib.anyflash_add_compiler_path.restype = None
+    for folder in sys.path:  # libnvrtc may be one of NVIDIA's pip packages
+        if os.path.isdir(os.path.join(folder, "nvidia")):
+            lib.anyflash_add_compiler_path(os.fsencode(folder))
     return lib
 
 

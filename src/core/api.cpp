@@ -6,6 +6,7 @@
 #include <new>
 #include <string>
 
+#include "core/compile.h"
 #include "core/environment.h"
 #include "core/error.h"
 #include "core/launch.h"
@@ -235,4 +236,10 @@ anyflash_status anyflash_environment(char* text, size_t capacity, size_t* needed
 
 void anyflash_set_notice_handler(anyflash_notice_handler handler, void* context) {
   set_notice_handler(handler, context);
+}
+
+void anyflash_add_compiler_path(const char* site_packages) {
+  guarded([&] {
+    if (site_packages) add_compiler_path(site_packages);
+  });
 }

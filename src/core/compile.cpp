@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <charconv>
+#include <map>
+#include <mutex>
 
 #include "core/error.h"
 #include "core/nvrtc.h"
@@ -70,6 +72,13 @@ Target parse_target(std::string_view name) {
                      "'; expected e.g. sm_90 or compute_80");
 }
 
+std::vector<Target> all_targets() {
+  std::vector<Target> targets;
+  for (std::string_view arch : image_archs()) targets.push_back({std::string(arch)});
+  targets.push_back({"80", true});
+  return targets;
+}
+
 Resources parse_resources(std::string_view log) {
   Resources resources;
   const int spill_stores = number_before(log, " bytes spill stores");
@@ -103,10 +112,15 @@ std::string source_of(const Row& row) {
 }
 
 std::string source_hash(std::string_view op, std::string_view family) {
+  static std::mutex mutex;
+  static auto* const known = new std::map<std::string, std::string>; // by header
+  const std::lock_guard lock(mutex);
+  std::string& text = (*known)[header_of(op, family)];
+  if (!text.empty()) return text;
   Hash hash;
   for (const Source* source : source_closure(header_of(op, family)))
     hash.add(source->name).end().add(without_comments(source->text)).end();
-  return hash.hex();
+  return text = hash.hex();
 }
 
 std::string row_hash(const Row& row) {

@@ -25,6 +25,9 @@ struct Target {
 /// "sm_90a" or "compute_80"; throws InvalidValue for anything else.
 Target parse_target(std::string_view name);
 
+/// Every target that a full build makes: the images of the table, and PTX of compute_80.
+std::vector<Target> all_targets();
+
 /// What ptxas reported. All zero for PTX, which ptxas has not seen yet.
 struct Resources {
   int registers = 0;

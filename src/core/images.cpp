@@ -141,11 +141,8 @@ std::string obtain(const ImageChoice& choice, const Row& row) {
 }
 
 std::string shipped_targets() {
-  std::vector<Target> targets;
-  for (std::string_view arch : image_archs()) targets.push_back({std::string(arch)});
-  targets.push_back({"80", true});
   std::string text;
-  for (const Target& target : targets)
+  for (const Target& target : all_targets())
     if (shipped_archive(target)) text.append(text.empty() ? "" : " ").append(target.name());
   return text.empty() ? "no images" : text;
 }

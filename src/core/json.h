@@ -32,8 +32,12 @@ public:
     return *this;
   }
   JsonWriter& value(const char* text) { return value(std::string_view(text)); }
-  JsonWriter& value(std::same_as<bool> auto yes) { return raw(yes ? "true" : "false"); }
-  JsonWriter& value(std::integral auto number) { return raw(std::to_string(number)); }
+  JsonWriter& value(std::integral auto number) {
+    if constexpr (std::same_as<decltype(number), bool>)
+      return raw(number ? "true" : "false");
+    else
+      return raw(std::to_string(number));
+  }
   /// Not a number and infinities become null: JSON has no words for them.
   JsonWriter& value(double number) {
     if (!std::isfinite(number)) return null();
@@ -42,6 +46,12 @@ public:
     return raw(digits);
   }
   JsonWriter& null() { return raw("null"); }
+  /// A value that is JSON already.
+  JsonWriter& raw(std::string_view text) {
+    separate();
+    text_ += text;
+    return *this;
+  }
 
   /// "name": value
   template <class Value>
@@ -61,11 +71,6 @@ private:
   JsonWriter& close(char bracket) {
     text_ += bracket;
     first_ = false;
-    return *this;
-  }
-  JsonWriter& raw(std::string_view text) {
-    separate();
-    text_ += text;
     return *this;
   }
   void separate() {

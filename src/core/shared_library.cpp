@@ -21,7 +21,7 @@ std::filesystem::path SharedLibrary::file_of(const void* address) {
   if (!dladdr(address, &info) || !info.dli_fname) return {};
   std::error_code ignored;
   const std::filesystem::path path = std::filesystem::absolute(info.dli_fname, ignored);
-  return ignored ? std::filesystem::path(info.dli_fname) : path;
+  return ignored ? std::filesystem::path(info.dli_fname) : path.lexically_normal();
 }
 
 } // namespace anyflash

@@ -29,7 +29,7 @@ void write_kernel(JsonWriter& json, const Built& kernel) {
   json.member("spill_allowance", row.constant("spill_allowance", 0));
   json.member("stack_bytes", resources.stack_bytes);
   json.member("static_shared_bytes", resources.static_shared_bytes);
-  json.member("dynamic_shared_bytes", row.shared_bytes());
+  json.member("shared_bytes", resources.static_shared_bytes + row.shared_bytes());
   json.member("image_bytes", kernel.entry.image.bytes.size());
   json.member("seconds", resources.seconds).member("peak_mb", kernel.entry.peak_mb);
   json.member("hash", kernel.entry.hash);
