@@ -30,9 +30,6 @@ TOP_FOLDERS = (
     "tools",
 )
 
-# The only programs of this project that are allowed to print and to exit.
-PROGRAMS = ("src/build/",)
-
 # layer -> what its files may include, as prefixes of paths under src/ ("own": the layer itself)
 CUDA_SHARED = ("cuda/params.h", "cuda/attn/key_blocks.h")
 LAYERS = {
@@ -43,7 +40,6 @@ LAYERS = {
     "cuda": (),
     "core": (*CUDA_SHARED, "*/shared_memory.h", "cpu/cpu.h", "anyflash/"),
     "cpu": (*CUDA_SHARED, "core/", "anyflash/"),
-    "build": ("core/", "anyflash/"),
 }
 
 
@@ -110,8 +106,6 @@ FORBIDDEN_CALLS = re.compile(
 def check_quiet_library(source: Source) -> Iterator[Problem]:
     """The library never prints, exits, aborts or synchronises."""
     if source.suffix not in CPP or not source.path.startswith("src/"):
-        return
-    if source.path.startswith(PROGRAMS):
         return
     for line, code in enumerate(without_comments_and_literals(source.text).splitlines(), 1):
         if match := FORBIDDEN_CALLS.search(code):
