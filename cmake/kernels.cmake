@@ -15,6 +15,11 @@ if(Python3_Interpreter_FOUND)
 endif()
 list(TRANSFORM compiler_folders PREPEND "--site-packages;" OUTPUT_VARIABLE compiler_options)
 
+option(ANYFLASH_CHECK_KERNELS "Fail when a kernel spills or uses local memory beyond its row" OFF)
+if(ANYFLASH_CHECK_KERNELS)
+  list(APPEND compiler_options --check)
+endif()
+
 if(ANYFLASH_KERNELS)
   # Runs in every build; kernels that are up to date take no time.
   add_custom_target(

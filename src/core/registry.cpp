@@ -100,7 +100,8 @@ int Row::constant(std::string_view name, int missing) const {
 }
 
 int Row::shared_bytes() const {
-  return sm80::forward_shared_bytes(d, dv, Br, Bc, constant("k_stages", 1), constant("v_stages", 1));
+  return sm80::forward_shared_bytes(d, dv, Br, Bc, constant("k_stages", 1),
+                                    constant("v_stages", 1));
 }
 
 std::string Row::name() const {

@@ -3,6 +3,7 @@
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <cpuid.h>
+#include <immintrin.h>
 
 #include <cstdint>
 
@@ -22,11 +23,8 @@ Registers cpuid(uint32_t leaf) {
 bool has(uint32_t word, int bit) { return word >> bit & 1; }
 
 /// Register sets that the operating system saves (XCR0); 0 without XSAVE.
-uint32_t saved_registers() {
-  if (!has(cpuid(1).c, 27)) return 0;
-  uint32_t low, high;
-  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  return low;
+__attribute__((target("xsave"))) uint32_t saved_registers() {
+  return has(cpuid(1).c, 27) ? static_cast<uint32_t>(_xgetbv(0)) : 0;
 }
 
 bool find_avx2() {
