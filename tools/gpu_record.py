@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from source_text import closure, normalised, without_comments
+from source_text import closure, normalised
+from variants import Row, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "tests" / "device" / "record.json"
@@ -61,20 +62,13 @@ def key_of(section: Section) -> tuple[str, str, str]:
     return section["op"], section["family"], section["image"]
 
 
-def table_rows(root: Path = ROOT) -> list[tuple[str, str, str]]:
-    """(op, family, text without blanks) of each line of variants.def."""
-    text = without_comments((root / "variants.def").read_text())
-    rows = []
-    for match in re.finditer(r"\bKERNEL\s*\(([^()]*)\)", text):
-        row = "".join(match[1].split())
-        op, family = row.split(",")[:2]
-        rows.append((op, family, row))
-    return rows
-
-
 def operations(root: Path = ROOT) -> list[tuple[str, str]]:
     """(op of the record, family) of everything in the table."""
-    return sorted({(OPERATIONS.get(op, op), family) for op, family, _ in table_rows(root)})
+    return sorted({(operation_of(row), row.family) for row in read_rows(root)})
+
+
+def operation_of(row: Row) -> str:
+    return OPERATIONS.get(row.op, row.op)
 
 
 def source_hash(op: str, family: str, root: Path = ROOT) -> str:
@@ -82,16 +76,16 @@ def source_hash(op: str, family: str, root: Path = ROOT) -> str:
 
     Comments and layout do not count.
     """
-    rows = [r for r in table_rows(root) if OPERATIONS.get(r[0], r[0]) == op and r[1] == family]
+    rows = [row for row in read_rows(root) if (operation_of(row), row.family) == (op, family)]
     files: set[Path] = set()
-    for table_op in {row[0] for row in rows}:
+    for table_op in {row.op for row in rows}:
         files.update(closure(root / "src", root / "src/cuda" / family / f"{table_op}.cuh"))
     digest = hashlib.sha256()
     for path in sorted(files):
         name = path.relative_to(root).as_posix()
         digest.update(f"{name}\0{normalised(path.read_text())}\0".encode())
     for row in rows:
-        digest.update(f"{row[2]}\0".encode())
+        digest.update(f"{row.text}\0".encode())
     return digest.hexdigest()[:16]
 
 

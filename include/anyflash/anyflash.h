@@ -193,7 +193,7 @@ ANYFLASH_API void anyflash_set_notice_handler(anyflash_notice_handler handler, v
 
 /**
  * Adds a folder to those where the kernel compiler (libnvrtc, for kernels that the package was not
- * built with) is looked for: a site-packages folder of Python, which may hold NVIDIA's pip packages.
+ * built with) is looked for: a site-packages folder of Python, which may hold NVIDIA's packages.
  */
 ANYFLASH_API void anyflash_add_compiler_path(const char* site_packages);
 
