@@ -76,7 +76,14 @@ def _describe_inputs(arguments: Arguments) -> list[Described | None]:
         if tensor is None and name not in ("q", "k", "v"):
             described.append(None)
         else:
-            described.append(adapter_of(tensor, name).describe(tensor, name))
+            described.append(_describe(tensor, name))
+    return described
+
+
+def _describe(tensor: Any, name: str, *, written: bool = False) -> Described:
+    described = adapter_of(tensor, name).describe(tensor, name, written=written)
+    if not described.shape:  # the library's sign for an absent tensor
+        raise ValueError(f"{name} is a single number (rank 0); it must have dimensions")
     return described
 
 
@@ -104,7 +111,7 @@ def _refuse_gradients(arguments: Arguments) -> None:
 
 def _check_out(arguments: Arguments) -> Described | None:
     out = arguments.out
-    return None if out is None else adapter_of(out, "out").describe(out, "out", written=True)
+    return None if out is None else _describe(out, "out", written=True)
 
 
 class _Read(NamedTuple):
@@ -244,7 +251,7 @@ def _dtype_code(dtype: Any) -> int:
 def _describe_for_planning(value: Any, name: str, dtype: Any, target: Target | None) -> Described:
     """A tensor where it is, or as if it were on the target; a shape as a contiguous tensor."""
     if not _is_shape(value):
-        described = adapter_of(value, name).describe(value, name)
+        described = _describe(value, name, written=name == "out")
         if target is None:
             return described
         # Memory elsewhere; only whether it starts on 16 bytes matters.

@@ -25,7 +25,7 @@ def real(value: Any, name: str) -> float:
         try:
             return float(value)
         except OverflowError:
-            raise ValueError(f"{name} is {value}; it must fit a float") from None
+            raise ValueError(f"{name} is too large for a float") from None
         except (TypeError, ValueError):
             pass
     raise TypeError(f"{name} is {value!r}; it must be a number")
@@ -65,4 +65,4 @@ def _side(value: Any, side: str) -> int:
 
 def length(value: Any, name: str) -> int:
     """max_seqlen_q, max_seqlen_k."""
-    return max(-1, min(whole(value, name, "an integer"), _LARGEST))
+    return max(-_LARGEST, min(whole(value, name, "an integer"), _LARGEST))

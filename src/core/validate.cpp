@@ -83,13 +83,11 @@ void check_present(const Named& named, const char* shape) {
 }
 
 void check_rank(const Named& named, int rank, const char* shape) {
-  if (named.tensor.ndim != rank)
-    throw InvalidValue(std::string(named.name) + " has " + to_string(named.tensor.ndim) +
-                       " dimensions" +
-                       (named.tensor.ndim >= 1 && named.tensor.ndim <= 4
-                            ? " (" + list(shape_of(named.tensor)) + ")"
-                            : "") +
-                       "; it must have " + to_string(rank) + ": " + shape);
+  const int has = named.tensor.ndim;
+  if (has != rank)
+    throw InvalidValue(std::string(named.name) + " has rank " + to_string(has) +
+                       (has >= 1 && has <= 4 ? " (" + list(shape_of(named.tensor)) + ")" : "") +
+                       "; it must have rank " + to_string(rank) + ": " + shape);
   for (int dim = 0; dim < rank; ++dim)
     if (named.size(dim) < 0)
       throw InvalidValue(with_shape(named) + " has a negative size; sizes must be 0 or more");
@@ -123,7 +121,12 @@ void check_dtype(const Named& named, int32_t dtype) {
                       "; it must be " + dtype_name(dtype));
 }
 
+bool is_empty(const Named& named) {
+  return std::ranges::any_of(shape_of(named.tensor), [](int64_t size) { return size == 0; });
+}
+
 void check_last_dim_contiguous(const Named& named) {
+  if (is_empty(named)) return;
   const int last = named.tensor.ndim - 1;
   if (named.size(last) > 1 && named.tensor.strides[last] != 1)
     throw InvalidValue(std::string(named.name) + " has stride " +
@@ -136,7 +139,6 @@ void check_last_dim_contiguous(const Named& named) {
 bool is_contiguous(const anyflash_tensor& tensor) {
   int64_t expected = 1;
   for (int dim = tensor.ndim - 1; dim >= 0; --dim) {
-    if (tensor.shape[dim] == 0) return true;
     if (tensor.shape[dim] > 1 && tensor.strides[dim] != expected) return false;
     expected *= tensor.shape[dim];
   }
@@ -144,7 +146,7 @@ bool is_contiguous(const anyflash_tensor& tensor) {
 }
 
 void check_contiguous(const Named& named) {
-  if (!is_contiguous(named.tensor))
+  if (!is_empty(named) && !is_contiguous(named.tensor))
     throw InvalidValue(std::string(named.name) + " has strides " +
                        list({named.tensor.strides, static_cast<size_t>(named.tensor.ndim)}) +
                        " for shape " + list(shape_of(named.tensor)) +
@@ -367,7 +369,7 @@ bool is_packed(const Inputs& in) {
 
 void read_score(const anyflash_problem& raw, const Inputs& in, Problem& problem) {
   if (!std::isfinite(raw.scale))
-    throw InvalidValue("scale is " + number(raw.scale) + "; it must be finite");
+    throw InvalidValue("scale is " + number(raw.scale) + "; it must be finite in float32");
   if (!std::isfinite(raw.softcap) || raw.softcap < 0 ||
       (raw.softcap > 0 && raw.softcap < smallest_softcap))
     throw InvalidValue("softcap is " + number(raw.softcap) +
@@ -381,7 +383,7 @@ void read_score(const anyflash_problem& raw, const Inputs& in, Problem& problem)
   if (slopes.tensor.ndim == 1) {
     check_shape(slopes, std::array{problem.heads}, "[heads]");
   } else {
-    check_rank(slopes, 2, "[batch, heads], or 1: [heads]");
+    check_rank(slopes, 2, "[batch, heads], or rank 1: [heads]");
     check_shape(slopes, std::array{problem.batch, problem.heads}, "[batch, heads]");
   }
   check_last_dim_contiguous(slopes);
@@ -411,7 +413,7 @@ Mask normal_form(int64_t left, int64_t right, bool causal, int64_t seqlen_q, int
 // Outputs
 
 void check_written_once(const Named& named, int64_t bytes) {
-  if (std::ranges::any_of(shape_of(named.tensor), [](int64_t size) { return size == 0; })) return;
+  if (is_empty(named)) return;
   for (int dim = 0; dim < named.tensor.ndim; ++dim)
     if (named.size(dim) > 1 && named.tensor.strides[dim] == 0)
       throw InvalidValue(std::string(named.name) + " has stride 0 in dimension " + to_string(dim) +

@@ -1,0 +1,22 @@
+"""Both ways into the library: every test that asks for `binding` runs through each."""
+
+from __future__ import annotations
+
+import pytest
+
+np = pytest.importorskip("numpy", reason="these tests need NumPy")
+anyflash = pytest.importorskip("anyflash", reason="anyflash is not installed")
+
+from anyflash import _backend, _call
+
+
+@pytest.fixture(params=["fast", "ctypes"])
+def binding(request, monkeypatch):
+    """The name of the way that `anyflash.attention` takes during the test."""
+    if request.param == "fast":
+        pytest.importorskip("anyflash._fast", reason="the extension _fast is not built")
+        monkeypatch.delenv("ANYFLASH_NO_FAST", raising=False)
+        monkeypatch.setattr(_backend, "forward", _backend.choose())
+    else:
+        monkeypatch.setattr(_backend, "forward", _call.forward)
+    return request.param
