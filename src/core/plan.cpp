@@ -196,7 +196,6 @@ int multiprocessors_of(int compute_capability) {
 
 std::string why_not_plain(const Problem& problem) {
   if (problem.softcap != 0) return "softcap";
-  if (!(problem.scale > 0)) return "a scale that is not positive";
   if (problem.alibi) return "ALiBi";
   if (problem.scale <= 0) return "a scale that is not positive";
   if (!problem.aligned) return "rows of q, k, v or the output that do not start on 16 bytes";

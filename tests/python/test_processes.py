@@ -20,6 +20,7 @@ def python(code, *flags, **environment):
         capture_output=True,
         text=True,
         timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
@@ -35,7 +36,10 @@ def test_import_brings_nothing_along():
 
 def test_import_time_lists_few_modules():
     _, err = python(
-        "import anyflash", "-X", "importtime", "-I" if "PYTHONPATH" not in os.environ else "-s"
+        "import anyflash",
+        "-X",
+        "importtime",
+        "-I" if "PYTHONPATH" not in os.environ else "-s",
     )
     lines = [line for line in err.splitlines() if "anyflash" in line]
     assert 1 <= len(lines) <= 6, err

@@ -183,7 +183,11 @@ def sorted_lengths(draw_list):
 
 
 @SLOW
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=6), st.booleans(), side)
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=6),
+    st.booleans(),
+    side,
+)
 def test_sound_lengths_are_right(pairs, causal, left):
     cu_q = sorted_lengths([n for n, _ in pairs])
     cu_k = sorted_lengths([m for _, m in pairs])

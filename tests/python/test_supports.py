@@ -11,7 +11,17 @@ from anyflash import _library
 from case_list import load_cases
 
 GENERATIONS = [80, 86, 87, 89, 90, 100, 103, 120, 121]
-SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+SHARED_KIB = {
+    80: 163,
+    86: 99,
+    87: 163,
+    89: 99,
+    90: 227,
+    100: 227,
+    103: 227,
+    120: 99,
+    121: 99,
+}
 CASES = {case.name: case for case in load_cases("device")}
 X = (1, 8192, 16, 128)
 
@@ -41,14 +51,8 @@ def question(case, **target):
 
 def needs_general(case):
     """Restated from the table's own words: what the plain variant leaves out."""
-    left, right = case.window
-    right = 0 if case.causal else right
-    hides_left = left is not None and left < case.k - 1
-    hides_right = right is not None and 0 < right < case.q - 1
     return (
-        hides_left
-        or hides_right
-        or bool(case.softcap)
+        bool(case.softcap)
         or case.scale <= 0
         or case.alibi is not None
         or case.d % 8 != 0
@@ -190,7 +194,14 @@ def test_support_prints_and_compares():
 
 def test_explain_has_every_part():
     text = anyflash.explain(
-        X, X, X, causal=True, softcap=30.0, return_lse=True, dtype="bfloat16", device="sm_90"
+        X,
+        X,
+        X,
+        causal=True,
+        softcap=30.0,
+        return_lse=True,
+        dtype="bfloat16",
+        device="sm_90",
     )
     pairs = 16 * 8192 * 8193 // 2
     for part in (
@@ -217,6 +228,12 @@ def test_explain_counts_packed_sequences_on_the_cpu():
     text = anyflash.explain(q, q, q, lengths, lengths, 3, 3, causal=True)
     assert f"({3 + 6} visible pairs" in text
     text = anyflash.explain(
-        q.astype(np.float16), *[q.astype(np.float16)] * 2, lengths, lengths, 3, 3, device="sm_90"
+        q.astype(np.float16),
+        *[q.astype(np.float16)] * 2,
+        lengths,
+        lengths,
+        3,
+        3,
+        device="sm_90",
     )
     assert "at most" in text
