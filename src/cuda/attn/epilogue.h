@@ -34,14 +34,15 @@ DEVICE void store_output(const Output& o, uint32_t tile, int first_row, const Fo
                          const Block& block, int first_query) {
   constexpr int tile_rows = 16 * Output::m;
   UNROLL
-  for (int r = 0; r < Output::rows; ++r) UNROLL
-  for (int c = 0; c < Output::columns; c += 2) {
-    const int column =
-        Output::column_offset(c); // a multiple of 8; this thread's pair lies inside that chunk
-    const uint32_t page = tile + column / Tile::page_columns * Tile::page_bytes;
-    st_shared(page + Tile::offset(first_row + Output::row(r), column % Tile::page_columns / 8) +
-                  Output::first_column() * 2,
-              pack<T>(o(r, c), o(r, c + 1)));
+  for (int r = 0; r < Output::rows; ++r) {
+    UNROLL
+    for (int c = 0; c < Output::columns; c += 2) {
+      // A multiple of 8: this thread's pair lies inside the chunk that starts there.
+      const int column = Output::column_offset(c);
+      st_shared(tile + Tile::at_chunk(first_row + Output::row(r), column / 8) +
+                    Output::first_column() * 2,
+                pack<T>(o(r, c), o(r, c + 1)));
+    }
   }
   __syncwarp();
 
@@ -51,9 +52,7 @@ DEVICE void store_output(const Output& o, uint32_t tile, int first_row, const Fo
   for (int i = 0; i < tile_rows * chunks / warp_size; ++i) {
     const int index = i * warp_size + lane_index();
     const int row = index / chunks, column = index % chunks * 8;
-    const uint4 value =
-        ld_shared_16(tile + column / Tile::page_columns * Tile::page_bytes +
-                     Tile::offset(first_row + row, column % Tile::page_columns / 8));
+    const uint4 value = ld_shared_16(tile + Tile::at_chunk(first_row + row, column / 8));
     if (first_query + row >= block.rows) continue;
     uint16_t* const to = base + (first_query + row) * p.o_strides.row + column;
     if (!any_alignment || p.aligned) {

@@ -21,12 +21,16 @@ DEVICE void apply_score(Scores& s, const ForwardParams& p, const Block& block, f
                         int first_query, int first_key) {
   if (p.softcap_in != 0) {
     UNROLL
-    for (int r = 0; r < Scores::rows; ++r) UNROLL
-    for (int c = 0; c < Scores::columns; ++c) s(r, c) = tanh_approx(s(r, c) * p.softcap_in);
+    for (int r = 0; r < Scores::rows; ++r) {
+      UNROLL
+      for (int c = 0; c < Scores::columns; ++c) s(r, c) = tanh_approx(s(r, c) * p.softcap_in);
+    }
   } else if (p.negative) {
     UNROLL
-    for (int r = 0; r < Scores::rows; ++r) UNROLL
-    for (int c = 0; c < Scores::columns; ++c) s(r, c) = -s(r, c);
+    for (int r = 0; r < Scores::rows; ++r) {
+      UNROLL
+      for (int c = 0; c < Scores::columns; ++c) s(r, c) = -s(r, c);
+    }
   }
   if (slope != 0) {
     const int query = recomputed(first_query);

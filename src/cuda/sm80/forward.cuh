@@ -54,9 +54,13 @@ struct Queries {
 
   /// Call once the tile has landed.
   DEVICE void keep() {
-    if constexpr (Row::q_in_registers) UNROLL
-    for (int k = 0; k < F::d_steps; ++k) UNROLL
-    for (int i = 0; i < F::m_tiles; ++i) shared.read(registers[k][i], i, k);
+    if constexpr (Row::q_in_registers) {
+      UNROLL
+      for (int k = 0; k < F::d_steps; ++k) {
+        UNROLL
+        for (int i = 0; i < F::m_tiles; ++i) shared.read(registers[k][i], i, k);
+      }
+    }
   }
 
   DEVICE void fragments(uint32_t (&a)[F::m_tiles][4], int k) const {
@@ -110,10 +114,12 @@ exponentiate_and_multiply_values(typename Forward<Row>::Output& o, typename Forw
     state.exponentiate(s, factor, 4 * k, 4 * k + 4);
     uint32_t p[F::m_tiles][4]; // accumulators are A fragments once rounded
     UNROLL
-    for (int i = 0; i < F::m_tiles; ++i) UNROLL
-    for (int e = 0; e < 4; ++e) {
-      const float* const pair = &s.x[i][2 * k + e / 2][2 * (e % 2)];
-      p[i][e] = pack<typename Row::T>(pair[0], pair[1]);
+    for (int i = 0; i < F::m_tiles; ++i) {
+      UNROLL
+      for (int e = 0; e < 4; ++e) {
+        const float* const pair = &s.x[i][2 * k + e / 2][2 * (e % 2)];
+        p[i][e] = pack<typename Row::T>(pair[0], pair[1]);
+      }
     }
     UNROLL
     for (int j = 0; j < Row::dv / 16; ++j) {
@@ -246,7 +252,8 @@ DEVICE void forward(const ForwardParams& p) {
       q.keep();
     }
 
-    _Pragma("unroll 1") for (int j = blocks.end - 1; j >= blocks.begin; --j) {
+    ROLLED
+    for (int j = blocks.end - 1; j >= blocks.begin; --j) {
       typename F::Scores s;
       loader.wait_keys(j);
       multiply_queries_keys<Row>(s, q, keys, loader.k_stage_bytes());

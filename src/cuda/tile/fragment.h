@@ -31,9 +31,10 @@ struct Accumulator {
 
   DEVICE void clear() {
     UNROLL
-    for (int i = 0; i < m; ++i) UNROLL
-    for (int j = 0; j < n; ++j) UNROLL
-    for (int e = 0; e < 4; ++e) x[i][j][e] = 0;
+    for (int r = 0; r < rows; ++r) {
+      UNROLL
+      for (int c = 0; c < columns; ++c) (*this)(r, c) = 0;
+    }
   }
 };
 

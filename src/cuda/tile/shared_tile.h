@@ -30,6 +30,11 @@ struct SharedTile {
     return row * row_bytes + ((chunk ^ swizzle) << 4);
   }
 
+  /// Byte offset of chunk `chunk` of a whole row of the tile.
+  DEVICE static constexpr int at_chunk(int row, int chunk) {
+    return chunk / chunks * page_bytes + offset(row, chunk % chunks);
+  }
+
   /// Byte offset that moves an address with a swizzled chunk from columns [0, 16) to columns [16 k,
   /// 16 k + 16): exact because a step of 16 columns flips whole bits of the chunk's index.
   DEVICE static constexpr uint32_t at_step(uint32_t address, int k) {

@@ -55,8 +55,10 @@ private:
 
   /// load() where rows may start anywhere. Rolled loops: rare, and registers are dear.
   DEVICE void copy_elements(uint32_t target, const uint16_t* source, int rows_valid) const {
-    _Pragma("unroll 1") for (int pass = 0; pass < passes; ++pass) {
-      _Pragma("unroll 1") for (int page = 0; page < Tile::pages; ++page) {
+    ROLLED
+    for (int pass = 0; pass < passes; ++pass) {
+      ROLLED
+      for (int page = 0; page < Tile::pages; ++page) {
         const bool row_valid = row() + pass * rows_per_pass < rows_valid;
         st_shared(target + shared_step(pass, page),
                   gather(source + global_step(pass, page),
