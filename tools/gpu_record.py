@@ -96,7 +96,7 @@ def merge(record: Record, sections: Iterable[Section]) -> Record:
     replaced. Tests are replaced whole, sanitizers by tool, measurements cell by cell.
     """
     merged = {key_of(section): section for section in record["sections"]}
-    for new in sections:
+    for new in filter(_measured, sections):
         old = merged.get(key_of(new))
         if old is None or old["hash"] != new["hash"]:
             merged[key_of(new)] = dict(new)
@@ -110,6 +110,12 @@ def merge(record: Record, sections: Iterable[Section]) -> Record:
         both["bench"] = list(cells.values())
         merged[key_of(new)] = both
     return {**record, "sections": [merged[key] for key in sorted(merged)]}
+
+
+def _measured(section: Section) -> bool:
+    """False for a run that ended before it had anything to say."""
+    tested = any(section.get("tests", {}).values())
+    return bool(tested or section.get("sanitizers") or section.get("bench"))
 
 
 def _cell_key(cell: dict[str, Any]) -> str:

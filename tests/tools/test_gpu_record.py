@@ -148,6 +148,13 @@ def test_merge_leaves_other_sections_alone(root):
     assert [s["date"] for s in merged["sections"]] == ["2026-01-01", "2026-02-02"]
 
 
+def test_merge_ignores_a_run_that_measured_nothing(root):
+    record = {"sections": [section(root)]}
+    empty = section(root, date="2026-03-03", sanitizers={}, bench=[])
+    empty["tests"] = {"passed": 0, "failed": 0, "skipped": 0}
+    assert merge(record, [empty]) == record
+
+
 def complete(root):
     replace(root, "variants.def", "KERNEL( forward, sm90", "// KERNEL( forward, sm90")
     return {"sections": [section(root), section(root, "compute_80 PTX")]}
