@@ -187,27 +187,17 @@ def summary(section: Section) -> list[str]:
 
 
 def _speed_table(cells: list[dict[str, Any]]) -> list[str]:
-    """One line a (d, causal, options): our speed at each length, and over the peer."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for cell in cells:
-        key = (cell["d"], cell["causal"], cell["dtype"], cell["layout"], _words(cell["options"]))
-        groups.setdefault((*key, cell["heads"] != cell["heads_k"], cell["unit"]), []).append(cell)
-    lines, ratios = [], []
-    for key, group in sorted(groups.items(), key=lambda item: [str(part) for part in item[0]]):
-        d, causal, dtype, layout, options, gqa, unit = tuple(key)
+    """A line for each (d, causal, options): our speed at each length, beside that of the peer."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for cell in sorted(cells, key=lambda cell: (_is_option(cell), cell["d"], cell["causal"])):
+        groups.setdefault(_name_of(cell), []).append(cell)
+    lines = []
+    for name, group in groups.items():
         group.sort(key=lambda cell: cell["seqlen"])
-        name = f"d{d} {'causal' if causal else 'full'} {dtype}"
-        name += (f" {layout}" if layout != "dense" else "") + (" GQA" if gqa else "")
-        name += f" {options}" if options else ""
-        cells_text = []
-        for cell in group:
-            peer = cell["peers"].get("fa2")
-            ratio = _ratio(cell) if peer else None
-            if ratio:
-                ratios.append(ratio)
-            cells_text.append(f"{cell['ours']:.4g}" + (f" ({ratio:.2f}x)" if ratio else ""))
         lengths = "/".join(_short(cell["seqlen"]) for cell in group)
-        lines.append(f"  {name:28} {unit} at {lengths}: {'  '.join(cells_text)}")
+        speeds = "  ".join(_beside_peer(cell) for cell in group)
+        lines.append(f"  {name:36} {group[0]['unit']} at {lengths}: {speeds}")
+    ratios = [_ratio(cell) for cell in cells if not _is_option(cell) and cell["peers"].get("fa2")]
     if ratios:
         lines.append(
             f"  over FA2: geomean {geomean(ratios):.3f}x, worst {min(ratios):.3f}x "
@@ -216,14 +206,33 @@ def _speed_table(cells: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _is_option(cell: dict[str, Any]) -> bool:
+    """True for a cell that is not of the plain grid."""
+    return bool(cell["options"]) or cell["layout"] != "dense" or cell["heads"] != cell["heads_k"]
+
+
+def _name_of(cell: dict[str, Any]) -> str:
+    parts = [f"d{cell['d']}", "causal" if cell["causal"] else "full", cell["dtype"]]
+    parts += [cell["layout"]] if cell["layout"] != "dense" else []
+    parts += ["GQA"] if cell["heads"] != cell["heads_k"] else []
+    parts += [f"{name}={value}" for name, value in sorted(cell["options"].items())]
+    return " ".join(parts)
+
+
+def _beside_peer(cell: dict[str, Any]) -> str:
+    """Our number, with what it is over the peer: a price over the plain kernel, or a ratio."""
+    ours, peers = cell["ours"], cell["peers"]
+    if peers.get("plain") and ours:
+        return f"{ours:.4g} (price {peers['plain'] / ours - 1:+.1%})"
+    if peers.get("fa2") and ours:
+        return f"{ours:.4g} ({_ratio(cell):.2f}x)"
+    return f"{ours:.4g}"
+
+
 def _ratio(cell: dict[str, Any]) -> float:
     """How much faster we are than FA2; a unit of time is better when small."""
     ours, peer = float(cell["ours"]), float(cell["peers"]["fa2"])
     return ours / peer if cell["unit"].endswith("FLOP/s") else peer / ours
-
-
-def _words(options: dict[str, Any]) -> str:
-    return " ".join(f"{name}={value}" for name, value in sorted(options.items()))
 
 
 def _short(seqlen: int) -> str:

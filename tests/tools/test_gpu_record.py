@@ -220,6 +220,14 @@ def test_summary_names_the_worst_cell(root):
     assert "geomean 1.442x, worst 0.500x of 3 cells" in text
 
 
+def test_summary_states_the_price_of_an_option(root):
+    cells = [cell(ours=1.0, options={"softcap": 30.0}, peers={"plain": 1.05})]
+    text = "\n".join(summary(section(root, bench=cells)))
+    assert "softcap=30.0" in text
+    assert "price +5.0%" in text
+    assert "geomean" not in text
+
+
 def test_summary_of_times_counts_smaller_as_better(root):
     text = "\n".join(summary(section(root, bench=[cell(ours=2.0, unit="us")])))
     assert "(0.50x)" in text
