@@ -1,6 +1,9 @@
 """Tile shapes and pipelines of the sm80 forward kernel side by side on one GPU, for variants.def.
 
-usage: python bench/tune_forward.py --d 128 [--json FILE] [--lengths 1024 8192] "128x64 w4 b2 k2 v1 q0" ...
+usage: python bench/tune_forward.py --d 128 [--json FILE] [--lengths 1024 8192]
+           [--sources DIR] "128x64 w4 b2 k2 v1 q0" ...
+
+--sources: the src folder of another checkout, to compare two versions of the kernel.
 
 A candidate reads: Br x Bc, warps, blocks a multiprocessor, stages of K and of V, Q in registers.
 Without candidates those of the docs are measured. Needs CuPy (its NVRTC compiles the candidates)
@@ -25,18 +28,53 @@ import torch
 from gpu_forward import flash_attention_2, measure, tensors
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-SOURCES = Path(__file__).resolve().parents[1] / "src"
 UNBOUNDED = 1 << 30
 CANDIDATES = {
-    32: ["128x64 w4 b3 k2 v2 q0", "128x64 w4 b2 k2 v2 q1", "128x128 w4 b2 k2 v2 q0", "64x64 w4 b4 k2 v2 q1"],
-    64: ["128x64 w4 b2 k2 v2 q1", "128x64 w4 b2 k2 v2 q0", "128x64 w4 b2 k1 v1 q1", "128x32 w4 b3 k2 v2 q1",
-         "128x128 w4 b2 k1 v1 q0", "64x64 w4 b3 k2 v2 q1", "256x64 w8 b1 k2 v2 q1", "128x128 w8 b1 k2 v2 q1"],
-    96: ["128x64 w4 b2 k2 v2 q0", "128x64 w4 b2 k2 v1 q0", "128x64 w4 b2 k1 v1 q0", "128x32 w4 b2 k2 v2 q0"],
-    128: ["128x64 w4 b2 k2 v1 q0", "128x64 w4 b2 k2 v2 q0", "128x64 w4 b2 k1 v1 q0", "128x32 w4 b2 k2 v2 q0",
-          "64x64 w4 b3 k1 v1 q1", "256x64 w8 b1 k2 v2 q0", "128x64 w8 b1 k2 v2 q1", "128x128 w8 b1 k1 v1 q1"],
-    192: ["64x64 w4 b2 k1 v1 q0", "64x64 w4 b2 k2 v1 q0", "128x64 w8 b1 k2 v2 q0", "128x64 w8 b1 k1 v1 q0"],
-    256: ["64x64 w4 b2 k1 v1 q0", "128x64 w8 b1 k1 v1 q0", "128x64 w8 b1 k2 v2 q0", "128x32 w8 b1 k1 v1 q0"],
-}  # fmt: skip
+    32: [
+        "128x64 w4 b3 k2 v2 q0",
+        "128x64 w4 b2 k2 v2 q1",
+        "128x128 w4 b2 k2 v2 q0",
+        "64x64 w4 b4 k2 v2 q1",
+    ],
+    64: [
+        "128x64 w4 b2 k2 v2 q1",
+        "128x64 w4 b2 k2 v2 q0",
+        "128x64 w4 b2 k1 v1 q1",
+        "128x32 w4 b3 k2 v2 q1",
+        "128x128 w4 b2 k1 v1 q0",
+        "64x64 w4 b3 k2 v2 q1",
+        "256x64 w8 b1 k2 v2 q1",
+        "128x128 w8 b1 k2 v2 q1",
+    ],
+    96: [
+        "128x64 w4 b2 k2 v2 q0",
+        "128x64 w4 b2 k2 v1 q0",
+        "128x64 w4 b2 k1 v1 q0",
+        "128x32 w4 b2 k2 v2 q0",
+    ],
+    128: [
+        "128x64 w4 b2 k2 v1 q0",
+        "128x64 w4 b2 k2 v2 q0",
+        "128x64 w4 b2 k1 v1 q0",
+        "128x32 w4 b2 k2 v2 q0",
+        "64x64 w4 b3 k1 v1 q1",
+        "256x64 w8 b1 k2 v2 q0",
+        "128x64 w8 b1 k2 v2 q1",
+        "128x128 w8 b1 k1 v1 q1",
+    ],
+    192: [
+        "64x64 w4 b2 k1 v1 q0",
+        "64x64 w4 b2 k2 v1 q0",
+        "128x64 w8 b1 k2 v2 q0",
+        "128x64 w8 b1 k1 v1 q0",
+    ],
+    256: [
+        "64x64 w4 b2 k1 v1 q0",
+        "128x64 w8 b1 k1 v1 q0",
+        "128x64 w8 b1 k2 v2 q0",
+        "128x32 w8 b1 k1 v1 q0",
+    ],
+}
 
 STRIDES = np.dtype([("batch", "i8"), ("row", "i8"), ("head", "i8")])
 DIVISOR = np.dtype([("divisor", "u4"), ("multiplier", "u4"), ("shift", "u4"), ("padding", "u4")])
@@ -73,7 +111,7 @@ def divisor(n: int) -> tuple[int, int, int, int]:
 class Candidate:
     """A row that is not in the table, compiled and ready to launch."""
 
-    def __init__(self, text: str, d: int) -> None:
+    def __init__(self, text: str, d: int, sources: Path) -> None:
         match = re.fullmatch(r"(\d+)x(\d+) w(\d+) b(\d+) k(\d) v(\d) q(\d)", text)
         if not match:
             raise SystemExit(f"{text!r} does not read like '128x64 w4 b2 k2 v1 q0'")
@@ -89,7 +127,7 @@ class Candidate:
             extern "C" __global__ void __launch_bounds__({32 * self.warps}, {blocks})
             kernel(const __grid_constant__ anyflash::ForwardParams p) {{
               anyflash::sm80::forward<Row>(p); }}"""
-        options = ("--std=c++20", f"-I{SOURCES}")
+        options = ("--std=c++20", f"-I{sources}")
         self.kernel = cupy.RawModule(code=source, options=options, backend="nvrtc").get_function(
             "kernel"
         )
@@ -124,14 +162,16 @@ def main() -> int:
     )
     parser.add_argument("--seconds", type=float, default=0.3, help="measuring time of a cell")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--sources", type=Path, default=Path(__file__).resolve().parents[1] / "src")
     arguments = parser.parse_args()
     candidates = [
-        Candidate(text, arguments.d) for text in arguments.candidates or CANDIDATES[arguments.d]
+        Candidate(text, arguments.d, arguments.sources)
+        for text in arguments.candidates or CANDIDATES[arguments.d]
     ]
     ratios: dict[str, dict[str, list[float]]] = {
         c.text: {"full": [], "causal": []} for c in candidates
     }
-    stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
+    stream = cupy.cuda.Stream.from_external(torch.cuda.current_stream())
     for causal in (False, True):
         for seqlen in arguments.lengths:
             q, k, v = tensors(seqlen, arguments.d)
