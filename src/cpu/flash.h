@@ -21,8 +21,10 @@
 #endif
 #if defined(__GNUC__)
 #define ANYFLASH_INLINE __attribute__((always_inline)) inline
+#define ANYFLASH_NOINLINE __attribute__((noinline))
 #else
 #define ANYFLASH_INLINE __forceinline
+#define ANYFLASH_NOINLINE __declspec(noinline)
 #endif
 
 namespace anyflash::cpu {
@@ -42,31 +44,31 @@ constexpr T max(T a, T b) {
 }
 constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-/// 2^x for x <= 0 up to 2^127, exactly 0 for x <= -127. x = n + f with |f| <= 1/2; 2^f by a
-/// polynomial whose constant term is exactly 1, 2^n added to the exponent. Relative error 8.2e-8
-/// (fine) or 3.7e-6 (enough where O has 16 bits).
+/// 2^x for x <= 127; exactly 0 for x <= -127. x = i + f with |f| <= 1/2: 2^f by a polynomial whose
+/// constant term is exactly 1, and i is added to the exponent. Relative error 8.2e-8 (fine)
+/// or 3.7e-6 (enough where O has 16 bits). The polynomial goes by pairs (Estrin): its chain of
+/// dependent instructions, not their number, is what limits the speed.
 template <class Simd, bool fine>
 ANYFLASH_INLINE typename Simd::Vector exp2(typename Simd::Vector x) {
-  const auto magic = Simd::set(12582912.0f); // 1.5 * 2^23: adding it rounds to an integer
-  x = Simd::max(Simd::set(-127.0f), x);      // in this order x86 keeps a NaN
-  const auto shifted = Simd::add(x, magic);
-  const auto f = Simd::sub(x, Simd::sub(shifted, magic));
-  typename Simd::Vector p;
+  using Vector = typename Simd::Vector;
+  const auto set = [](float constant) { return Simd::set(constant); };
+  const Vector magic = set(12582912.0f); // 1.5 * 2^23: adding it rounds to an integer
+  x = Simd::max(set(-127.0f), x);        // in this order x86 keeps a NaN
+  const Vector shifted = Simd::add(x, magic);
+  const Vector f = Simd::sub(x, Simd::sub(shifted, magic));
+  const Vector f2 = Simd::multiply(f, f);
+  Vector p;
   if constexpr (fine) {
-    p = Simd::set(1.5594678e-4f);
-    p = Simd::multiply_add(p, f, Simd::set(1.34066439e-3f));
-    p = Simd::multiply_add(p, f, Simd::set(9.61769297e-3f));
-    p = Simd::multiply_add(p, f, Simd::set(5.55031055e-2f));
-    p = Simd::multiply_add(p, f, Simd::set(2.40226528e-1f));
-    p = Simd::multiply_add(p, f, Simd::set(6.93147215e-1f));
+    const Vector low = Simd::multiply_add(f, set(2.40226528e-1f), set(6.93147215e-1f));
+    const Vector middle = Simd::multiply_add(f, set(9.61769297e-3f), set(5.55031055e-2f));
+    const Vector high = Simd::multiply_add(f, set(1.5594678e-4f), set(1.34066439e-3f));
+    p = Simd::multiply_add(Simd::multiply_add(high, f2, middle), f2, low);
   } else {
-    p = Simd::set(9.78291264e-3f);
-    p = Simd::multiply_add(p, f, Simd::set(5.59768836e-2f));
-    p = Simd::multiply_add(p, f, Simd::set(2.40207111e-1f));
-    p = Simd::multiply_add(p, f, Simd::set(6.93113604e-1f));
+    const Vector low = Simd::multiply_add(f, set(2.40207111e-1f), set(6.93113604e-1f));
+    const Vector high = Simd::multiply_add(f, set(9.78291264e-3f), set(5.59768836e-2f));
+    p = Simd::multiply_add(high, f2, low);
   }
-  p = Simd::multiply_add(p, f, Simd::set(1.0f));
-  return Simd::add_exponent(p, shifted);
+  return Simd::add_exponent(Simd::multiply_add(p, f, set(1.0f)), shifted);
 }
 
 /// The algorithm for tensors of T with vectors of Simd. Tiles in scratch are fp32; matrices that a
@@ -78,7 +80,8 @@ struct Flash {
   static constexpr int tile_rows = Simd::tile_rows; // register tile of the products
   static constexpr int tile_vectors = Simd::tile_vectors;
   static constexpr int panel = tile_vectors * width; // columns of a panel
-  static constexpr bool fine = sizeof(T) > 2;        // precision of the exponential
+  static constexpr int padded_rows = round_up(strip_rows, width);
+  static constexpr bool fine = sizeof(T) > 2; // precision of the exponential
   static_assert(strip_rows % tile_rows == 0 && block_keys % panel == 0);
 
   /// Where things lie in scratch, in floats.
@@ -94,8 +97,8 @@ struct Flash {
       o = s + strip_rows * block_keys;                  // [strips][dv / panel][strip_rows][panel]
       m = o + rows * dv_padded;                         // [rows], log2 units
       l = m + rows;             // [rows][width]: a row's sum, spread over lanes
-      alpha = l + rows * width; // [strip_rows]
-      end = alpha + strip_rows;
+      alpha = l + rows * width; // [padded_rows]
+      end = alpha + padded_rows;
     }
   };
 
@@ -119,7 +122,7 @@ struct Flash {
   }
 
   /// Q of a strip times `factor`, transposed in groups of tile_rows rows.
-  void pack_queries(const Strip& strip, float factor, float* packed) const {
+  ANYFLASH_NOINLINE void pack_queries(const Strip& strip, float factor, float* packed) const {
     const T* q = static_cast<const T*>(strip.q);
     for (int r = 0; r < strip.rows; ++r) {
       float* to = packed + int64_t{r / tile_rows} * tile_rows * block.d + r % tile_rows;
@@ -129,7 +132,7 @@ struct Flash {
   }
 
   /// Keys [first, first + count) transposed into panels; keys up to the end of a panel are zero.
-  void pack_keys(int first, int count) const {
+  ANYFLASH_NOINLINE void pack_keys(int first, int count) const {
     const T* k = static_cast<const T*>(block.k) + first * block.k_row;
     float* packed = scratch + layout.k;
     for (int j = 0; j < round_up(count, panel); j += width) {
@@ -158,18 +161,28 @@ struct Flash {
   }
 
   /// Values [first, first + count) into panels, zero past dv.
-  void pack_values(int first, int count) const {
+  ANYFLASH_NOINLINE void pack_values(int first, int count) const {
     const T* v = static_cast<const T*>(block.v) + first * block.v_row;
-    for (int p = 0; p < dv_panels; ++p) {
-      float* to = scratch + layout.v + int64_t{p} * block_keys * panel;
-      for (int j = 0; j < count; ++j)
-        for (int c = 0; c < panel; c += width) {
-          const int column = p * panel + c;
-          const T* from = v + j * block.v_row + column;
-          const Vector x =
-              column < block.dv ? load_first(from, block.dv - column) : Simd::set(0.0f);
-          Simd::store(to + j * panel + c, x);
-        }
+    const int whole = block.dv / width * width;
+    for (int j = 0; j < count; ++j, v += block.v_row) {
+      float* to = scratch + layout.v + j * panel;
+      const auto place = [&](int e) {
+        return to + int64_t{e / panel} * block_keys * panel + e % panel;
+      };
+      for (int e = 0; e < whole; e += width) Simd::store(place(e), Simd::load(v + e));
+      for (int e = whole; e < dv_panels * panel; e += width)
+        Simd::store(place(e), load_first(v + min(e, block.dv), max(0, block.dv - e)));
+    }
+  }
+
+  /// Brings a share of the keys and values [first, first + count) towards the caches.
+  void prefetch(int first, int count) const {
+    const T* k = static_cast<const T*>(block.k) + first * block.k_row;
+    const T* v = static_cast<const T*>(block.v) + first * block.v_row;
+    constexpr int line = 64 / sizeof(T);
+    for (int j = 0; j < count; ++j, k += block.k_row, v += block.v_row) {
+      for (int e = 0; e < block.d; e += line) __builtin_prefetch(k + e, 0, 2);
+      for (int e = 0; e < block.dv; e += line) __builtin_prefetch(v + e, 0, 2);
     }
   }
 
@@ -198,7 +211,7 @@ struct Flash {
 
   /// S [rows, panel] = Q K^T.
   template <int rows>
-  static void score_tile(const float* q, const float* k, int d, float* s) {
+  static ANYFLASH_NOINLINE void score_tile(const float* q, const float* k, int d, float* s) {
     Vector c[rows][tile_vectors];
     ANYFLASH_UNROLL for (int r = 0; r < rows; ++r) {
       ANYFLASH_UNROLL for (int n = 0; n < tile_vectors; ++n) c[r][n] = Simd::set(0.0f);
@@ -212,7 +225,8 @@ struct Flash {
 
   /// O [rows, panel] = alpha O + P V.
   template <int rows>
-  static void output_tile(const float* p, const float* v, int keys, const float* alpha, float* o) {
+  static ANYFLASH_NOINLINE void output_tile(const float* p, const float* v, int keys,
+                                            const float* alpha, float* o) {
     Vector c[rows][tile_vectors];
     ANYFLASH_UNROLL for (int r = 0; r < rows; ++r) {
       const Vector factor = Simd::set(alpha[r]);
@@ -316,48 +330,62 @@ struct Flash {
     return Simd::highest(Simd::max(a, b));
   }
 
-  /// s = 2^(s - m) in place; returns the sum, spread over lanes.
-  static Vector exponentials(float* s, int begin, int end, float m) {
-    const Vector shift = Simd::set(m);
-    Vector sum = Simd::set(0.0f);
-    for (int c = begin; c < end; c += width) {
-      const Vector p = exp2<Simd, fine>(Simd::sub(Simd::load(s + c), shift));
-      Simd::store(s + c, p);
-      sum = Simd::add(sum, p);
+  /// s = 2^(s - shift) for one vector; adds it to the sum.
+  static ANYFLASH_INLINE void exponential(float* s, Vector shift, Vector& sum) {
+    const Vector p = exp2<Simd, fine>(Simd::sub(Simd::load(s), shift));
+    Simd::store(s, p);
+    sum = Simd::add(sum, p);
+  }
+
+  /// s = 2^(s - shift) in place; returns the sum, spread over lanes.
+  static Vector exponentials(float* s, int begin, int end, float shift) {
+    const Vector by = Simd::set(shift);
+    Vector even = Simd::set(0.0f), odd = even;
+    int c = begin;
+    for (; c + width < end; c += 2 * width) {
+      exponential(s + c, by, even);
+      exponential(s + c + width, by, odd);
     }
-    return sum;
+    if (c < end) exponential(s + c, by, even);
+    return Simd::add(even, odd);
   }
 
-  /// Turns the scores of a row into probabilities and updates its state; returns alpha.
-  /// A row that has seen no key keeps m = -inf and l = 0.
-  static float softmax_row(float* s, int begin, int end, float& m, float* l) {
-    const float highest = max(m, row_max(s, begin, end));
-    const float m_finite = highest == -infinity ? 0.0f : highest;
-    const float alpha =
-        m == highest ? 1.0f : Simd::first(exp2<Simd, true>(Simd::set(m - m_finite)));
-    const Vector sum = exponentials(s, begin, end, m_finite);
-    Simd::store(l, Simd::multiply_add(Simd::load(l), Simd::set(alpha), sum));
-    m = highest;
-    return alpha;
+  /// Scores of row r of a strip as the formula has them, masked: columns [begin, end) of the key
+  /// block at `first_key`.
+  void finish_scores(const Strip& strip, int r, int first_key, int begin, int end) const {
+    float* s = scratch + layout.s + r * block_keys;
+    if (block.softcap > 0 || block.alibi)
+      transform(s, begin, end, strip.slope, static_cast<float>(first_key - strip.diagonal - r));
+    if (first_key + begin >= strip.full_begin && first_key + end <= strip.full_end) return;
+    const int64_t low = strip.visible_begin + r - first_key;
+    const int64_t high = min<int64_t>(block.seqlen_k, strip.visible_end + r) - first_key;
+    mask(s, begin, end, static_cast<int>(max<int64_t>(begin, min<int64_t>(low, end))),
+         static_cast<int>(max<int64_t>(begin, min<int64_t>(high, end))));
   }
 
-  /// S becomes P for one strip against columns [begin, end) of the key block at `first_key`.
-  void softmax(const Strip& strip, int first_row, int first_key, int begin, int end) const {
-    const bool transformed = block.softcap > 0 || block.alibi;
-    const bool on_edge = first_key + begin < strip.full_begin || first_key + end > strip.full_end;
+  /// S becomes P for one strip and the row state is updated: m, l, and alpha, by which what was
+  /// summed so far shrinks. A row that has seen no key keeps m = -inf and l = 0. Three passes over
+  /// the rows, so that the processor overlaps their dependent chains.
+  ANYFLASH_NOINLINE void softmax(const Strip& strip, int first_row, int first_key, int begin,
+                                 int end) const {
+    float* s = scratch + layout.s;
+    float* m = scratch + layout.m + first_row;
+    float* l = scratch + layout.l + int64_t{first_row} * width;
+    float* alpha = scratch + layout.alpha;
+    float shift[padded_rows] = {}; // what is subtracted from the scores: m, or 0 while that is -inf
     for (int r = 0; r < strip.rows; ++r) {
-      float* s = scratch + layout.s + r * block_keys;
-      if (transformed)
-        transform(s, begin, end, strip.slope, static_cast<float>(first_key - strip.diagonal - r));
-      if (on_edge) {
-        const int64_t low = max<int64_t>(0, strip.visible_begin + r) - first_key;
-        const int64_t high = min<int64_t>(block.seqlen_k, strip.visible_end + r) - first_key;
-        mask(s, begin, end, static_cast<int>(max<int64_t>(begin, min<int64_t>(low, end))),
-             static_cast<int>(min<int64_t>(end, max<int64_t>(high, begin))));
-      }
-      const int row = first_row + r;
-      scratch[layout.alpha + r] = softmax_row(s, begin, end, scratch[layout.m + row],
-                                              scratch + layout.l + int64_t{row} * width);
+      finish_scores(strip, r, first_key, begin, end);
+      const float highest = max(m[r], row_max(s + r * block_keys, begin, end));
+      shift[r] = highest == -infinity ? 0.0f : highest;
+      alpha[r] = m[r] - shift[r];
+      m[r] = highest;
+    }
+    for (int r = 0; r < strip.rows; r += width)
+      Simd::store(alpha + r, exp2<Simd, true>(Simd::load(alpha + r)));
+    for (int r = 0; r < strip.rows; ++r) {
+      const Vector sum = exponentials(s + r * block_keys, begin, end, shift[r]);
+      const Vector before = Simd::multiply(Simd::set(alpha[r]), Simd::load(l + r * width));
+      Simd::store(l + r * width, Simd::add(before, sum));
     }
   }
 
@@ -393,7 +421,12 @@ struct Flash {
       const int count = min((j + 1) * block_keys, block.key_end) - first;
       pack_keys(first, count);
       pack_values(first, count);
-      for (int i = 0; i < block.strip_count; ++i) step(i, first, count);
+      const int next = max(first - block_keys, block.key_begin), ahead = first - next;
+      for (int i = 0; i < block.strip_count; ++i) {
+        const int from = ahead * i / block.strip_count, to = ahead * (i + 1) / block.strip_count;
+        prefetch(next + from, to - from); // the next block, while this one is multiplied
+        step(i, first, count);
+      }
     }
     for (int i = 0; i < block.strip_count; ++i) finish(i);
   }
@@ -401,7 +434,7 @@ struct Flash {
   // ---- Storing -------------------------------------------------------------------------------
 
   /// O and L of a strip, or its partial results when the keys are split.
-  void finish(int index) const {
+  ANYFLASH_NOINLINE void finish(int index) const {
     const Strip& strip = block.strips[index];
     for (int r = 0; r < strip.rows; ++r) {
       const int64_t row = int64_t{index} * strip_rows + r;
