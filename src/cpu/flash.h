@@ -106,10 +106,19 @@ struct Flash {
   const Layout layout;
   float* const scratch;
   const int dv_panels;
+  // scale = sign * magnitude; the sign goes into Q, so that larger scores are larger probabilities.
+  const float sign, magnitude;
+  const bool transformed; // softcap or ALiBi: scores are brought to log2 units one by one
+  const float unit;       // of the scores that the softmax sees, in log2 units; positive
 
   Flash(const Block& the_block, float* the_scratch)
       : block(the_block), layout(block.strip_count, block.d, block.dv), scratch(the_scratch),
-        dv_panels(round_up(block.dv, panel) / panel) {}
+        dv_panels(round_up(block.dv, panel) / panel), sign(block.scale > 0   ? 1.0f
+                                                           : block.scale < 0 ? -1.0f
+                                                                             : 0.0f),
+        magnitude(block.scale == 0 ? 1.0f : block.scale * sign),
+        transformed(block.softcap > 0 || block.alibi),
+        unit(transformed ? 1.0f : magnitude * log2_e) {}
 
   // ---- Loading -------------------------------------------------------------------------------
 
@@ -121,13 +130,13 @@ struct Flash {
     return Simd::load(padded);
   }
 
-  /// Q of a strip times `factor`, transposed in groups of tile_rows rows.
-  ANYFLASH_NOINLINE void pack_queries(const Strip& strip, float factor, float* packed) const {
+  /// Q of a strip, transposed in groups of tile_rows rows.
+  ANYFLASH_NOINLINE void pack_queries(const Strip& strip, float* packed) const {
     const T* q = static_cast<const T*>(strip.q);
     for (int r = 0; r < strip.rows; ++r) {
       float* to = packed + int64_t{r / tile_rows} * tile_rows * block.d + r % tile_rows;
       const T* row = q + r * block.q_row;
-      for (int e = 0; e < block.d; ++e) to[e * tile_rows] = to_float(row[e]) * factor;
+      for (int e = 0; e < block.d; ++e) to[e * tile_rows] = to_float(row[e]) * sign;
     }
   }
 
@@ -289,14 +298,16 @@ struct Flash {
     return Simd::copy_sign(t, x);
   }
 
-  /// Softcap and ALiBi on one row of scores, in log2 units. `distance` is the key at column 0 minus
-  /// the key that the row is aligned with.
+  /// Scale, softcap and ALiBi on one row of scores, which leaves them in log2 units. `distance` is
+  /// the key at column 0 minus the key that the row is aligned with.
   void transform(float* s, int begin, int end, float slope, float distance) const {
+    const bool capped = block.softcap > 0;
+    const Vector scale = Simd::set(capped ? magnitude / block.softcap : magnitude * log2_e);
     const Vector cap = Simd::set(block.softcap * log2_e);
     const Vector steep = Simd::set(-slope * log2_e);
     for (int c = begin; c < end; c += width) {
-      Vector x = Simd::load(s + c);
-      if (block.softcap > 0) x = Simd::multiply(cap, tanh(x));
+      Vector x = Simd::multiply(scale, Simd::load(s + c));
+      if (capped) x = Simd::multiply(cap, tanh(x));
       if (block.alibi) {
         const Vector away =
             Simd::abs(Simd::add(Simd::set(distance + static_cast<float>(c)), Simd::iota()));
@@ -330,23 +341,23 @@ struct Flash {
     return Simd::highest(Simd::max(a, b));
   }
 
-  /// s = 2^(s - shift) for one vector; adds it to the sum.
-  static ANYFLASH_INLINE void exponential(float* s, Vector shift, Vector& sum) {
-    const Vector p = exp2<Simd, fine>(Simd::sub(Simd::load(s), shift));
+  /// s = 2^(unit s + shift) for one vector; adds it to the sum.
+  static ANYFLASH_INLINE void exponential(float* s, Vector unit, Vector shift, Vector& sum) {
+    const Vector p = exp2<Simd, fine>(Simd::multiply_add(unit, Simd::load(s), shift));
     Simd::store(s, p);
     sum = Simd::add(sum, p);
   }
 
-  /// s = 2^(s - shift) in place; returns the sum, spread over lanes.
-  static Vector exponentials(float* s, int begin, int end, float shift) {
-    const Vector by = Simd::set(shift);
+  /// s = 2^(unit s - m) in place; returns the sum, spread over lanes.
+  static Vector exponentials(float* s, int begin, int end, float score_unit, float m) {
+    const Vector unit = Simd::set(score_unit), shift = Simd::set(-m);
     Vector even = Simd::set(0.0f), odd = even;
     int c = begin;
     for (; c + width < end; c += 2 * width) {
-      exponential(s + c, by, even);
-      exponential(s + c + width, by, odd);
+      exponential(s + c, unit, shift, even);
+      exponential(s + c + width, unit, shift, odd);
     }
-    if (c < end) exponential(s + c, by, even);
+    if (c < end) exponential(s + c, unit, shift, even);
     return Simd::add(even, odd);
   }
 
@@ -354,7 +365,7 @@ struct Flash {
   /// block at `first_key`.
   void finish_scores(const Strip& strip, int r, int first_key, int begin, int end) const {
     float* s = scratch + layout.s + r * block_keys;
-    if (block.softcap > 0 || block.alibi)
+    if (transformed)
       transform(s, begin, end, strip.slope, static_cast<float>(first_key - strip.diagonal - r));
     if (first_key + begin >= strip.full_begin && first_key + end <= strip.full_end) return;
     const int64_t low = strip.visible_begin + r - first_key;
@@ -372,18 +383,18 @@ struct Flash {
     float* m = scratch + layout.m + first_row;
     float* l = scratch + layout.l + int64_t{first_row} * width;
     float* alpha = scratch + layout.alpha;
-    float shift[padded_rows] = {}; // what is subtracted from the scores: m, or 0 while that is -inf
+    float finite[padded_rows] = {}; // m, or 0 while that is -inf
     for (int r = 0; r < strip.rows; ++r) {
       finish_scores(strip, r, first_key, begin, end);
-      const float highest = max(m[r], row_max(s + r * block_keys, begin, end));
-      shift[r] = highest == -infinity ? 0.0f : highest;
-      alpha[r] = m[r] - shift[r];
+      const float highest = max(m[r], unit * row_max(s + r * block_keys, begin, end));
+      finite[r] = highest == -infinity ? 0.0f : highest;
+      alpha[r] = m[r] - finite[r];
       m[r] = highest;
     }
     for (int r = 0; r < strip.rows; r += width)
       Simd::store(alpha + r, exp2<Simd, true>(Simd::load(alpha + r)));
     for (int r = 0; r < strip.rows; ++r) {
-      const Vector sum = exponentials(s + r * block_keys, begin, end, shift[r]);
+      const Vector sum = exponentials(s + r * block_keys, begin, end, unit, finite[r]);
       const Vector before = Simd::multiply(Simd::set(alpha[r]), Simd::load(l + r * width));
       Simd::store(l + r * width, Simd::add(before, sum));
     }
@@ -407,10 +418,9 @@ struct Flash {
   }
 
   void run() const {
-    const float factor = block.softcap > 0 ? block.scale / block.softcap : block.scale * log2_e;
     const int64_t rows = int64_t{block.strip_count} * strip_rows;
     for (int i = 0; i < block.strip_count; ++i)
-      pack_queries(block.strips[i], factor, scratch + layout.q + int64_t{i} * strip_rows * block.d);
+      pack_queries(block.strips[i], scratch + layout.q + int64_t{i} * strip_rows * block.d);
     std::memset(scratch + layout.o, 0, sizeof(float) * rows * dv_panels * panel);
     std::memset(scratch + layout.l, 0, sizeof(float) * rows * width);
     for (int64_t r = 0; r < rows; ++r) scratch[layout.m + r] = -infinity;

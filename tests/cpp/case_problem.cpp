@@ -1,0 +1,417 @@
+#include "case_problem.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+
+#include "cpu/convert.h"
+#include "cpu/cpu.h"
+#include "cpu/sequence.h"
+
+namespace anyflash {
+namespace {
+
+constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+constexpr int packed_tail = 3; // rows after the last packed sequence: nobody may read or write them
+
+double rounded(double x, DType dtype) {
+  switch (dtype) {
+  case DType::float16: {
+    cpu::Float16 y;
+    cpu::store(x, y);
+    return cpu::to_float(y);
+  }
+  case DType::bfloat16: {
+    cpu::BFloat16 y;
+    cpu::store(x, y);
+    return cpu::to_float(y);
+  }
+  case DType::float32:
+    return static_cast<float>(x);
+  default:
+    return x;
+  }
+}
+
+int64_t total(const Case& c, int Lengths::* length, int dense) {
+  if (c.packed.empty()) return dense;
+  int64_t sum = packed_tail;
+  for (const Lengths& pair : c.packed) sum += pair.*length;
+  return sum;
+}
+
+/// The distributions of the list. `row` and `rows`: position in the sequence, for "rising".
+double draw(const Case& c, char tensor, int64_t row, int64_t rows, std::mt19937& random) {
+  const double x = std::normal_distribution<double>()(random);
+  if (c.values == "large" && tensor != 'v') return 30 * x;
+  if (c.values == "constant") return 0.75;
+  if (c.values == "tiny") return 1e-39 * x;
+  if (c.values == "rising" && tensor == 'k') return x + 4.0 * row / std::max<int64_t>(1, rows - 1);
+  if (c.values == "rising" && tensor == 'q') return std::abs(x);
+  return x;
+}
+
+void fill(Strided& t, const Case& c, char name, DType values_of, std::mt19937& random) {
+  for (int64_t b = 0; b < (c.layout == "broadcast" && name != 'q' ? 1 : t.batch); ++b)
+    for (int64_t row = 0; row < t.rows; ++row)
+      for (int64_t head = 0; head < t.heads; ++head)
+        for (int64_t e = 0; e < t.d; ++e)
+          t.set(t.at(b, row, head, e), rounded(draw(c, name, row, t.rows, random), values_of));
+}
+
+/// NaN into packed rows outside the used part of every sequence.
+void poison_unused(Strided& t, const Case& c, int Lengths::* length,
+                   const std::vector<int32_t>& used) {
+  std::vector<bool> keep(static_cast<size_t>(t.rows), false);
+  int64_t first = 0;
+  for (size_t b = 0; b < c.packed.size(); ++b) {
+    const int64_t rows = c.packed[b].*length;
+    std::fill_n(keep.begin() + first, used.empty() ? rows : used[b], true);
+    first += rows;
+  }
+  for (int64_t row = 0; row < t.rows; ++row)
+    if (!keep[row])
+      for (int64_t head = 0; head < t.heads; ++head)
+        for (int64_t e = 0; e < t.d; ++e) t.set(t.at(0, row, head, e), nan);
+}
+
+std::vector<int32_t> cumulative(const Case& c, int Lengths::* length) {
+  std::vector<int32_t> sums(1, 0);
+  for (const Lengths& pair : c.packed) sums.push_back(sums.back() + pair.*length);
+  return sums;
+}
+
+std::string layout_of(const Case& c, char tensor) {
+  return c.layout == "broadcast" && (tensor == 'q' || tensor == 'o') ? "contiguous" : c.layout;
+}
+
+} // namespace
+
+Strided::Strided(DType type, int64_t the_batch, int64_t the_rows, int64_t the_heads, int64_t the_d,
+                 const std::string& layout)
+    : dtype(type), batch(the_batch), rows(the_rows), heads(the_heads), d(the_d), offset(0) {
+  strides.head = d;
+  strides.row = heads * d;
+  strides.batch = rows * strides.row;
+  if (layout == "transposed") {
+    strides.head = rows * d;
+    strides.row = d;
+  } else if (layout == "gaps" || layout == "odd") {
+    const bool gaps = layout == "gaps";
+    offset = gaps ? 8 : 1;
+    strides.head = gaps ? (d + 7) / 8 * 8 + 8 : d + (d % 2 ? 2 : 1);
+    strides.row = heads * strides.head + (gaps ? 16 : 3);
+    strides.batch = rows * strides.row + (gaps ? 8 : 5);
+  }
+  const int64_t count = offset + std::max<int64_t>(1, batch) * strides.batch + 8;
+  if (layout == "broadcast") strides.batch = 0;
+  bytes.resize(static_cast<size_t>(count * size_of(dtype)));
+  for (int64_t i = 0; i < count; ++i) set(i, nan);
+}
+
+double Strided::get(int64_t element) const {
+  const unsigned char* at = bytes.data() + element * size_of(dtype);
+  const auto read = [&]<class T>(T x) {
+    std::memcpy(&x, at, sizeof x);
+    return x;
+  };
+  switch (dtype) {
+  case DType::float16:
+    return cpu::to_float(read(cpu::Float16{}));
+  case DType::bfloat16:
+    return cpu::to_float(read(cpu::BFloat16{}));
+  case DType::float32:
+    return read(0.0f);
+  default:
+    return read(0.0);
+  }
+}
+
+void Strided::set(int64_t element, double value) {
+  unsigned char* at = bytes.data() + element * size_of(dtype);
+  const auto write = [&]<class T>(T x) {
+    cpu::store(value, x);
+    std::memcpy(at, &x, sizeof x);
+  };
+  switch (dtype) {
+  case DType::float16:
+    return write(cpu::Float16{});
+  case DType::bfloat16:
+    return write(cpu::BFloat16{});
+  case DType::float32:
+    return write(0.0f);
+  default:
+    return write(0.0);
+  }
+}
+
+View Strided::view() {
+  return {bytes.data() + offset * size_of(dtype), strides.batch, strides.row, strides.head};
+}
+
+CaseProblem::CaseProblem(const Case& c, DType type, DType values_of)
+    : test_case(c), dtype(type), q(type, c.packed.empty() ? c.batch : 1, total(c, &Lengths::q, c.q),
+                                   c.heads, c.d, layout_of(c, 'q')),
+      k(type, c.packed.empty() ? c.batch : 1, total(c, &Lengths::k, c.k), c.heads_k, c.d,
+        layout_of(c, 'k')),
+      v(type, k.batch, k.rows, c.heads_k, c.dv, layout_of(c, 'v')),
+      o(type, q.batch, q.rows, c.heads, c.dv, layout_of(c, 'o')),
+      lse(static_cast<size_t>(q.batch * q.rows * c.heads)), cu_q(cumulative(c, &Lengths::q)),
+      cu_k(cumulative(c, &Lengths::k)) {
+  std::mt19937 random(static_cast<uint32_t>(std::hash<std::string>()(c.name)));
+  fill(q, c, 'q', values_of, random);
+  fill(k, c, 'k', values_of, random);
+  fill(v, c, 'v', values_of, random);
+  if (!c.packed.empty()) {
+    poison_unused(q, c, &Lengths::q, c.seqused_q);
+    poison_unused(k, c, &Lengths::k, c.seqused_k);
+    poison_unused(v, c, &Lengths::k, c.seqused_k);
+  }
+  if (!c.alibi.empty())
+    slopes.resize(static_cast<size_t>(c.heads * (c.alibi == "h" ? 1 : c.batch)));
+  for (float& slope : slopes) slope = std::uniform_real_distribution<float>(0.01f, 0.5f)(random);
+  poison();
+}
+
+void CaseProblem::poison() {
+  for (int64_t i = 0; i < o.elements(); ++i) o.set(i, nan);
+  std::fill(lse.begin(), lse.end(), static_cast<float>(nan));
+}
+
+Problem CaseProblem::problem() {
+  const Case& c = test_case;
+  Problem p;
+  p.dtype = dtype;
+  p.packed = !c.packed.empty();
+  p.batch = c.batch;
+  p.heads = c.heads;
+  p.heads_k = c.heads_k;
+  p.seqlen_q = c.q;
+  p.seqlen_k = c.k;
+  p.total_q = q.batch * q.rows;
+  p.total_k = k.batch * k.rows;
+  p.d = c.d;
+  p.dv = c.dv;
+  p.q = q.view();
+  p.k = k.view();
+  p.v = v.view();
+  p.o = o.view();
+  p.lse = lse.data();
+  p.want_lse = true;
+  if (!c.alibi.empty()) {
+    p.alibi = true;
+    p.alibi_slopes = slopes.data();
+    p.alibi_batch = c.alibi == "h" ? 0 : c.heads;
+  }
+  if (p.packed) {
+    p.cu_seqlens_q = cu_q.data();
+    p.cu_seqlens_k = cu_k.data();
+    if (!c.seqused_q.empty()) p.seqused_q = test_case.seqused_q.data();
+    if (!c.seqused_k.empty()) p.seqused_k = test_case.seqused_k.data();
+  }
+  if (c.window_left) p.mask.left = *c.window_left;
+  if (c.window_right) p.mask.right = *c.window_right;
+  if (c.causal) p.mask.right = std::min<int64_t>(p.mask.right, 0);
+  p.scale = c.scale;
+  p.softcap = c.softcap;
+  return p;
+}
+
+bool CaseProblem::overwritten() const {
+  std::vector<bool> outside(static_cast<size_t>(o.elements()), true);
+  for (int64_t b = 0; b < o.batch; ++b)
+    for (int64_t row = 0; row < o.rows; ++row)
+      for (int64_t head = 0; head < o.heads; ++head)
+        for (int64_t e = 0; e < o.d; ++e) outside[o.at(b, row, head, e)] = false;
+  for (int64_t i = 0; i < o.elements(); ++i)
+    if (outside[i] && !std::isnan(o.get(i))) return true;
+  return false;
+}
+
+namespace {
+
+/// Elements in order of batch, row, head, e.
+std::vector<double> elements(const Strided& t) {
+  std::vector<double> result;
+  for (int64_t b = 0; b < t.batch; ++b)
+    for (int64_t row = 0; row < t.rows; ++row)
+      for (int64_t head = 0; head < t.heads; ++head)
+        for (int64_t e = 0; e < t.d; ++e) result.push_back(t.get(t.at(b, row, head, e)));
+  return result;
+}
+
+/// Attention as a framework without a fused kernel computes it in the dtype: every product's result
+/// is rounded to it. The scale goes on the scores, or on the keys before the product.
+class Standard {
+public:
+  Standard(CaseProblem& inputs, bool scale_keys)
+      : in_(inputs), problem_(inputs.problem()), scale_keys_(scale_keys), q_(values(inputs.q)),
+        k_(values(inputs.k)), v_(values(inputs.v)) {
+    if (scale_keys)
+      for (float& key : k_) key = static_cast<float>(round(key * problem_.scale));
+  }
+
+  std::vector<double> run() {
+    Strided o(DType::float64, in_.o.batch, in_.o.rows, in_.o.heads, in_.o.d, "contiguous");
+    for (int64_t b = 0; b < problem_.batch; ++b) {
+      const cpu::Sequence s = cpu::sequence_of(problem_, b);
+      const int64_t batch = problem_.packed ? 0 : b;
+      const int64_t first_q = problem_.packed ? problem_.cu_seqlens_q[b] : 0;
+      const int64_t first_k = problem_.packed ? problem_.cu_seqlens_k[b] : 0;
+      for (int64_t h = 0; h < problem_.heads; ++h)
+        for (int64_t i = 0; i < s.rows_q; ++i) {
+          const std::vector<double> row = attend(s, b, batch, h, i, first_q, first_k);
+          for (int64_t e = 0; e < problem_.dv; ++e) o.set(o.at(batch, first_q + i, h, e), row[e]);
+        }
+    }
+    return elements(o);
+  }
+
+private:
+  double round(double x) const { return rounded(x, in_.dtype); }
+
+  /// Everything in a tensor's memory.
+  static std::vector<float> values(const Strided& t) {
+    std::vector<float> x;
+    for (int64_t i = 0; i < t.elements(); ++i) x.push_back(static_cast<float>(t.get(i)));
+    return x;
+  }
+
+  float score(int64_t q, int64_t k) const {
+    float s = 0;
+    for (int64_t e = 0; e < problem_.d; ++e) s += q_[q + e] * k_[k + e];
+    return static_cast<float>(scale_keys_ ? round(s) : round(round(s) * problem_.scale));
+  }
+
+  std::vector<double> attend(const cpu::Sequence& s, int64_t b, int64_t batch, int64_t h, int64_t i,
+                             int64_t first_q, int64_t first_k) const {
+    const int64_t h_k = h / problem_.group();
+    const int64_t diagonal = i + s.seqlen_k - s.seqlen_q;
+    const int64_t begin = std::max<int64_t>(0, diagonal - problem_.mask.left);
+    const int64_t end =
+        i < s.seqlen_q ? std::min(s.seqlen_k, diagonal + problem_.mask.right + 1) : 0;
+    std::vector<double> p, o(static_cast<size_t>(problem_.dv), 0.0);
+    double m = -INFINITY, l = 0;
+    for (int64_t j = begin; j < end; ++j) {
+      double x = score(in_.q.at(batch, first_q + i, h, 0), in_.k.at(batch, first_k + j, h_k, 0));
+      if (problem_.softcap > 0) x = round(std::tanh(x / problem_.softcap) * problem_.softcap);
+      if (problem_.alibi)
+        x = round(x - problem_.alibi_slopes[b * problem_.alibi_batch + h] *
+                          static_cast<float>(std::abs(diagonal - j)));
+      p.push_back(x);
+      m = std::max(m, x);
+    }
+    for (double& x : p) l += x = std::exp(static_cast<float>(x - m));
+    std::vector<float> sum(o.size(), 0.0f);
+    for (int64_t j = begin; j < end; ++j) {
+      const float weight = static_cast<float>(round(p[j - begin] / l));
+      const float* v = &v_[in_.v.at(batch, first_k + j, h_k, 0)];
+      for (int64_t e = 0; e < problem_.dv; ++e) sum[e] += weight * v[e];
+    }
+    for (int64_t e = 0; e < problem_.dv; ++e) o[e] = round(sum[e]);
+    return o;
+  }
+
+  CaseProblem& in_;
+  const Problem problem_;
+  const bool scale_keys_;
+  std::vector<float> q_, k_, v_; // indexed as the tensors' memory
+};
+
+double rms(const std::vector<double>& x) {
+  double sum = 0;
+  for (double y : x) sum += y * y;
+  return x.empty() ? 0 : std::sqrt(sum / static_cast<double>(x.size()));
+}
+
+/// |x - ref| where ref is a number.
+std::vector<double> errors(const std::vector<double>& x, const std::vector<double>& ref) {
+  std::vector<double> result;
+  for (size_t i = 0; i < ref.size(); ++i)
+    if (!std::isnan(ref[i])) result.push_back(std::abs(x[i] - ref[i]));
+  return result;
+}
+
+double largest(const std::vector<double>& x) {
+  return x.empty() ? 0 : *std::max_element(x.begin(), x.end());
+}
+
+} // namespace
+
+Expected expected(const Case& c, DType dtype) {
+  CaseProblem exact(c, DType::float64, dtype);
+  cpu::reference(exact.problem());
+  Expected result;
+  result.o = elements(exact.o);
+  result.lse = exact.lse;
+  CaseProblem inputs(c, dtype);
+  for (bool scale_keys : {false, true}) {
+    const std::vector<double> off = errors(Standard(inputs, scale_keys).run(), result.o);
+    result.standard_error = std::max(result.standard_error, largest(off));
+    result.standard_rms = std::max(result.standard_rms, rms(off));
+  }
+  return result;
+}
+
+std::string violation(const CaseProblem& computed, const Expected& expected) {
+  const Case& c = computed.test_case;
+  const DType dtype = computed.dtype;
+  const bool capped = c.softcap > 0, fp32 = dtype == DType::float32;
+  if (computed.overwritten()) return "memory between the elements of O was written";
+
+  const std::vector<double> o = elements(computed.o);
+  std::vector<double> rounding;
+  for (double x : expected.o)
+    if (!std::isnan(x)) rounding.push_back(std::abs(rounded(x + 0.3, dtype) - (x + 0.3)));
+  // In float32 the standard computation differs from ours only in the order of its sums.
+  const double limit = (capped ? 3 : 2) * expected.standard_error + 2 * largest(rounding) +
+                       (capped ? 3e-4 : 0) + (fp32 ? 8 * 0x1p-23 : 0);
+  for (size_t i = 0; i < o.size(); ++i) {
+    const bool same =
+        std::isnan(expected.o[i]) ? std::isnan(o[i]) : std::abs(o[i] - expected.o[i]) <= limit;
+    if (!same)
+      return "O[row " + std::to_string(i / (c.heads * c.dv)) + ", head " +
+             std::to_string(i / c.dv % c.heads) + ", " + std::to_string(i % c.dv) +
+             "] = " + std::to_string(o[i]) + ", reference " + std::to_string(expected.o[i]) +
+             ", allowed error " + std::to_string(limit);
+  }
+  const double rms_limit =
+      (fp32 ? 2 : 1.25) * (capped ? 1.5 : 1) * expected.standard_rms + rms(rounding) + 1e-7;
+  if (const double off = rms(errors(o, expected.o)); off > rms_limit)
+    return "O: rms error " + std::to_string(off) + ", allowed " + std::to_string(rms_limit);
+
+  // L carries the rounding of scores of the size of |q| |k|.
+  double q = 0, k = 0;
+  for (double x : elements(computed.q)) q = std::max(q, std::isnan(x) ? 0 : std::abs(x));
+  for (double x : elements(computed.k)) k = std::max(k, std::isnan(x) ? 0 : std::abs(x));
+  const double score = q * k * std::sqrt(c.d) * std::abs(c.scale);
+  for (size_t i = 0; i < expected.lse.size(); ++i) {
+    const double x = computed.lse[i], ref = expected.lse[i];
+    const double allowed = 1e-5 * std::max(1.0, std::abs(ref)) + 0x1p-20 + 0x1p-21 * score +
+                           (capped ? 3e-4 * std::max(1.0f, c.softcap) : 0);
+    const bool same = std::isnan(ref)   ? std::isnan(x)
+                      : std::isinf(ref) ? x == ref
+                                        : std::abs(x - ref) <= allowed;
+    if (!same)
+      return "L[" + std::to_string(i) + "] = " + std::to_string(x) + ", reference " +
+             std::to_string(ref);
+  }
+  return "";
+}
+
+std::string name_of(DType dtype) {
+  switch (dtype) {
+  case DType::float16:
+    return "float16";
+  case DType::bfloat16:
+    return "bfloat16";
+  case DType::float32:
+    return "float32";
+  default:
+    return "float64";
+  }
+}
+
+} // namespace anyflash

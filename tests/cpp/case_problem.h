@@ -1,0 +1,70 @@
+// A case of the list in memory, ready for the CPU backend, and the rule that a result must meet.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cases.h"
+#include "core/problem.h"
+
+namespace anyflash {
+
+/// A tensor in one of the list's layouts. What belongs to no element is NaN.
+struct Strided {
+  DType dtype;
+  int64_t batch, rows, heads, d; // packed: batch 1
+  int64_t offset;
+  View strides;
+  std::vector<unsigned char> bytes;
+
+  Strided(DType dtype, int64_t batch, int64_t rows, int64_t heads, int64_t d,
+          const std::string& layout);
+
+  double get(int64_t element) const;
+  void set(int64_t element, double value); // rounds to dtype
+  int64_t elements() const { return static_cast<int64_t>(bytes.size()) / size_of(dtype); }
+  int64_t at(int64_t b, int64_t row, int64_t head, int64_t e) const {
+    return offset + b * strides.batch + row * strides.row + head * strides.head + e;
+  }
+  View view(); // as problems have it
+};
+
+/// A case with inputs of one dtype and poisoned outputs.
+struct CaseProblem {
+  /// The inputs have values that `values_of` holds exactly, stored as `dtype`.
+  CaseProblem(const Case& the_case, DType dtype, DType values_of);
+  CaseProblem(const Case& the_case, DType dtype) : CaseProblem(the_case, dtype, dtype) {}
+
+  /// The problem on these tensors: valid while this object stays where it is.
+  Problem problem();
+
+  /// NaN into O and L.
+  void poison();
+
+  /// True if memory of O that belongs to no element was written.
+  bool overwritten() const;
+
+  Case test_case;
+  DType dtype;
+  Strided q, k, v, o;
+  std::vector<float> lse, slopes;
+  std::vector<int32_t> cu_q, cu_k;
+};
+
+/// What a result is compared with: the oracle, and how far the standard computation in the dtype
+/// (scores and probabilities rounded to it) is from it.
+struct Expected {
+  std::vector<double> o; // in order of batch, row, head, e
+  std::vector<float> lse;
+  double standard_error = 0, standard_rms = 0; // of O
+};
+
+Expected expected(const Case& the_case, DType dtype);
+
+/// Empty if the outputs of `computed` meet the rule of DESIGN.md section 4, else one line: what is
+/// off, and where.
+std::string violation(const CaseProblem& computed, const Expected& expected);
+
+std::string name_of(DType dtype);
+
+} // namespace anyflash

@@ -1,0 +1,162 @@
+// The oracle itself: closed forms that need no computer, and the formula written once more.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+
+#include "case_problem.h"
+#include "cpu/cpu.h"
+
+namespace anyflash {
+namespace {
+
+Case make_case(int d, int q, int k) {
+  return case_of({{"name", "reference"}, {"d", d}, {"q", q}, {"k", k}});
+}
+
+void set_all(Strided& t, double value) {
+  for (int64_t i = 0; i < t.elements(); ++i) t.set(i, value);
+}
+
+TEST(Reference, OneKeyGivesItsValue) {
+  CaseProblem c(make_case(16, 5, 1), DType::float64);
+  cpu::reference(c.problem());
+  for (int64_t i = 0; i < 5; ++i)
+    for (int64_t e = 0; e < 16; ++e)
+      EXPECT_DOUBLE_EQ(c.o.get(c.o.at(0, i, 0, e)), c.v.get(c.v.at(0, 0, 0, e)));
+}
+
+TEST(Reference, EqualKeysGiveTheMeanValueAndTheLogOfTheirNumber) {
+  Case shape = make_case(8, 6, 6);
+  shape.causal = true;
+  CaseProblem c(shape, DType::float64);
+  set_all(c.k, 0.0);
+  cpu::reference(c.problem());
+  for (int64_t i = 0; i < 6; ++i) {
+    EXPECT_FLOAT_EQ(c.lse[i], std::log(static_cast<float>(i + 1)));
+    for (int64_t e = 0; e < 8; ++e) {
+      double mean = 0;
+      for (int64_t j = 0; j <= i; ++j)
+        mean += c.v.get(c.v.at(0, j, 0, e)) / static_cast<double>(i + 1);
+      EXPECT_NEAR(c.o.get(c.o.at(0, i, 0, e)), mean, 1e-15);
+    }
+  }
+}
+
+TEST(Reference, TwoKeysGiveTheLogisticFunction) {
+  // Scores s and 0, values 1 and 0: O = 1 / (1 + e^-s), L = log(1 + e^s).
+  CaseProblem c(make_case(1, 1, 2), DType::float64);
+  c.q.set(0, 1);
+  c.k.set(0, 0.7);
+  c.k.set(1, 0);
+  c.v.set(0, 1);
+  c.v.set(1, 0);
+  Problem p = c.problem();
+  const auto logistic = [](double s) { return 1 / (1 + std::exp(-s)); };
+
+  p.scale = 2;
+  cpu::reference(p);
+  EXPECT_DOUBLE_EQ(c.o.get(0), logistic(1.4));
+  EXPECT_FLOAT_EQ(c.lse[0], static_cast<float>(std::log1p(std::exp(1.4))));
+
+  p.softcap = 0.5;
+  cpu::reference(p);
+  EXPECT_DOUBLE_EQ(c.o.get(0), logistic(0.5 * std::tanh(1.4 / 0.5)));
+
+  const float slope = 0.25; // the query is aligned with key 1: key 0 is one away
+  p.alibi = true;
+  p.alibi_slopes = &slope;
+  cpu::reference(p);
+  EXPECT_DOUBLE_EQ(c.o.get(0), logistic(0.5 * std::tanh(1.4 / 0.5) - 0.25));
+}
+
+TEST(Reference, RowsThatSeeNoKeyAreZero) {
+  Case shape = make_case(4, 5, 2); // bottom-right: queries 0, 1, 2 see nothing
+  shape.causal = true;
+  CaseProblem c(shape, DType::float32);
+  cpu::reference(c.problem());
+  for (int64_t i = 0; i < 5; ++i) {
+    EXPECT_EQ(std::isinf(c.lse[i]) && c.lse[i] < 0, i < 3);
+    for (int64_t e = 0; e < 4; ++e) EXPECT_EQ(c.o.get(c.o.at(0, i, 0, e)) == 0, i < 3);
+  }
+}
+
+/// The formula of anyflash.h over whole matrices, with visibility decided pair by pair.
+double brute_force(CaseProblem& c, const Problem& p, int64_t b, int64_t h, int64_t i, int64_t e) {
+  const int64_t n = p.seqlen_q, m = p.seqlen_k, h_k = h * p.heads_k / p.heads;
+  double l = 0, o = 0;
+  for (int64_t j = 0; j < m; ++j) {
+    if (j < i + m - n - p.mask.left || j > i + m - n + p.mask.right) continue;
+    double s = 0;
+    for (int64_t x = 0; x < p.d; ++x)
+      s += c.q.get(c.q.at(b, i, h, x)) * c.k.get(c.k.at(b, j, h_k, x));
+    s *= p.scale;
+    if (p.softcap > 0) s = p.softcap * std::tanh(s / p.softcap);
+    if (p.alibi)
+      s -= p.alibi_slopes[b * p.alibi_batch + h] * std::abs(static_cast<double>(i + m - n - j));
+    l += std::exp(s);
+    o += std::exp(s) * c.v.get(c.v.at(b, j, h_k, e));
+  }
+  return l == 0 ? 0 : o / l;
+}
+
+TEST(Reference, AgreesWithBruteForceOnSmallDenseCases) {
+  int compared = 0;
+  for (const Case& shape : cases()) {
+    if (!shape.packed.empty() || shape.values != "normal" || shape.q * shape.k > 10000) continue;
+    CaseProblem c(shape, DType::float64);
+    const Problem p = c.problem();
+    cpu::reference(p);
+    for (int64_t b = 0; b < shape.batch; ++b)
+      for (int64_t h = 0; h < shape.heads; ++h)
+        for (int64_t i = 0; i < shape.q; i += 7)
+          for (int64_t e = 0; e < shape.dv; e += 5)
+            ASSERT_NEAR(c.o.get(c.o.at(b, i, h, e)), brute_force(c, p, b, h, i, e), 1e-12)
+                << shape.name;
+    ++compared;
+  }
+  EXPECT_GT(compared, 10);
+}
+
+TEST(Reference, PackedSequencesAreTheirOwnProblems) {
+  Case shape = case_of({{"name", "packed"},
+                        {"d", 8},
+                        {"heads", 2},
+                        {"packed", {{5, 9}, {0, 3}, {7, 4}}},
+                        {"seqused_q", {5, 0, 6}},
+                        {"seqused_k", {8, 3, 4}},
+                        {"causal", true}});
+  CaseProblem packed(shape, DType::float64);
+  cpu::reference(packed.problem());
+  int64_t first_q = 0, first_k = 0;
+  for (size_t b = 0; b < shape.packed.size(); ++b) {
+    const int n = shape.seqused_q[b], m = shape.seqused_k[b];
+    Case alone =
+        case_of({{"name", "alone"}, {"d", 8}, {"heads", 2}, {"q", n}, {"k", m}, {"causal", true}});
+    CaseProblem dense(alone, DType::float64);
+    const auto copy = [](const Strided& from, int64_t first, Strided& to) {
+      for (int64_t row = 0; row < to.rows; ++row)
+        for (int64_t h = 0; h < to.heads; ++h)
+          for (int64_t e = 0; e < to.d; ++e)
+            to.set(to.at(0, row, h, e), from.get(from.at(0, first + row, h, e)));
+    };
+    copy(packed.q, first_q, dense.q);
+    copy(packed.k, first_k, dense.k);
+    copy(packed.v, first_k, dense.v);
+    cpu::reference(dense.problem());
+    for (int64_t i = 0; i < shape.packed[b].q; ++i)
+      for (int64_t h = 0; h < 2; ++h) {
+        const float lse = packed.lse[h * packed.o.rows + first_q + i];
+        EXPECT_EQ(lse, i < n ? dense.lse[h * n + i] : -std::numeric_limits<float>::infinity());
+        for (int64_t e = 0; e < 8; ++e)
+          EXPECT_EQ(packed.o.get(packed.o.at(0, first_q + i, h, e)),
+                    i < n ? dense.o.get(dense.o.at(0, i, h, e)) : 0.0);
+      }
+    first_q += shape.packed[b].q;
+    first_k += shape.packed[b].k;
+  }
+  EXPECT_FALSE(packed.overwritten());
+}
+
+} // namespace
+} // namespace anyflash
