@@ -12,6 +12,7 @@
 #include <map>
 #include <sstream>
 
+#include "core/driver.h"
 #include "core/error.h"
 
 namespace anyflash::build {
@@ -115,7 +116,39 @@ Result collect(const Job& job, int status, const rusage& usage, const JobFiles& 
   return result;
 }
 
+std::vector<int> capabilities_of_driver() {
+  std::vector<int> capabilities;
+  const cuda::Driver* driver = cuda::try_driver();
+  for (int i = 0; driver && i < driver->devices; ++i) {
+    cuda::Device device = 0;
+    driver->check(driver->DeviceGet(&device, i), "cuDeviceGet");
+    capabilities.push_back(driver->compute_capability(device));
+  }
+  return capabilities;
+}
+
 } // namespace
+
+std::vector<int> gpus_present() {
+  int ends[2];
+  if (pipe(ends) != 0) throw RuntimeError("cannot make a pipe");
+  const pid_t child = fork();
+  if (child == 0) {
+    try {
+      for (const int capability : capabilities_of_driver())
+        if (write(ends[1], &capability, sizeof capability) != sizeof capability) _exit(1);
+    } catch (const std::exception&) { // as if there were none
+    }
+    _exit(0);
+  }
+  close(ends[1]);
+  std::vector<int> gpus;
+  for (int capability; read(ends[0], &capability, sizeof capability) == sizeof capability;)
+    gpus.push_back(capability);
+  close(ends[0]);
+  if (child > 0) waitpid(child, nullptr, 0);
+  return gpus;
+}
 
 int parallelism() {
   int processes = cores();

@@ -9,7 +9,6 @@
 #include <map>
 
 #include "core/arch_list.h"
-#include "core/driver.h"
 #include "core/error.h"
 #include "jobs.h"
 #include "ledger.h"
@@ -56,18 +55,6 @@ Options parse(int argc, char** argv) {
   }
   if (options.output.empty()) throw InvalidValue(std::string("--output is missing\n") + help);
   return options;
-}
-
-BuildMachine build_machine(const Compiler& compiler) {
-  BuildMachine machine;
-  machine.capabilities = compiler.capabilities();
-  if (const cuda::Driver* driver = cuda::try_driver())
-    for (int i = 0; i < driver->devices; ++i) {
-      cuda::Device device = 0;
-      driver->check(driver->DeviceGet(&device, i), "cuDeviceGet");
-      machine.gpus.push_back(driver->compute_capability(device));
-    }
-  return machine;
 }
 
 std::vector<Job> jobs_for(const std::vector<Target>& targets) {
@@ -205,7 +192,8 @@ int build(const Options& options) {
     return options.check ? 1 : 0;
   }
   const Compiler& compiler = *search.compiler;
-  const ArchSelection selection = select_targets(options.archs, build_machine(compiler));
+  const ArchSelection selection =
+      select_targets(options.archs, {gpus_present(), compiler.capabilities()});
   for (const std::string& line : selection.skipped) std::printf("anyflash: %s\n", line.c_str());
   std::printf("anyflash: kernels for %s with NVRTC %d.%d (%s)\n",
               names_of(selection.targets).c_str(), compiler.version() / 1000,

@@ -1,0 +1,208 @@
+#include "fake_cuda.h"
+
+#include <cstring>
+#include <string_view>
+
+namespace fake_cuda {
+namespace {
+
+thread_local std::vector<Context*> stack;
+thread_local int mode = 0; // global
+
+Context primary[device_count] = {{0}, {1}};
+
+struct Config { // CUlaunchConfig
+  unsigned grid[3], block[3], shared_bytes;
+  void* stream;
+  void* attributes;
+  unsigned attribute_count;
+};
+
+} // namespace
+
+State& state() {
+  static State all;
+  return all;
+}
+Context* primary_context(int device) { return &primary[device]; }
+Context* current_context() { return stack.empty() ? nullptr : stack.back(); }
+void set_current_context(Context* context) {
+  stack.clear();
+  if (context) stack.push_back(context);
+}
+int capture_mode() { return mode; }
+
+} // namespace fake_cuda
+
+using namespace fake_cuda;
+
+namespace {
+
+int get_error_name(int status, const char** text) {
+  *text = status == 700 ? "CUDA_ERROR_ILLEGAL_ADDRESS" : "CUDA_ERROR_OF_THE_FAKE";
+  return 0;
+}
+int get_error_string(int, const char** text) {
+  *text = "text of the fake";
+  return 0;
+}
+int init(unsigned) { return 0; }
+int driver_get_version(int* version) {
+  *version = 12040;
+  return 0;
+}
+int device_get_count(int* count) {
+  *count = device_count;
+  return 0;
+}
+int device_get(int* device, int ordinal) {
+  *device = ordinal;
+  return ordinal < device_count ? 0 : 101;
+}
+int device_get_name(char* name, int length, int device) {
+  std::strncpy(name, device == 0 ? "Fake 9.0" : "Fake 8.0", static_cast<size_t>(length));
+  return 0;
+}
+int device_get_attribute(int* value, int attribute, int device) {
+  switch (attribute) {
+  case 16:
+    *value = 132;
+    return 0;
+  case 75:
+    *value = capabilities[device] / 10;
+    return 0;
+  case 76:
+    *value = capabilities[device] % 10;
+    return 0;
+  case 97:
+    *value = (device == 0 ? 227 : 163) * 1024;
+    return 0;
+  default:
+    return 1;
+  }
+}
+int device_total_mem(size_t* bytes, int) {
+  *bytes = size_t{80} << 30;
+  return 0;
+}
+int primary_ctx_retain(Context** context, int device) {
+  *context = primary_context(device);
+  return 0;
+}
+int ctx_get_current(Context** context) {
+  *context = current_context();
+  return 0;
+}
+int ctx_get_device(int* device) {
+  if (!current_context()) return 201;
+  *device = current_context()->device;
+  return 0;
+}
+int ctx_push_current(Context* context) {
+  stack.push_back(context);
+  return 0;
+}
+int ctx_pop_current(Context** context) {
+  *context = current_context();
+  if (!stack.empty()) stack.pop_back();
+  return 0;
+}
+int library_load_data(Kernel** library, const void* code, int*, void**, unsigned, int*, void**,
+                      unsigned) {
+  const std::lock_guard lock(state().mutex);
+  state().capture_mode_at_load.push_back(capture_mode());
+  *library = new Kernel{static_cast<const char*>(code)};
+  return 0;
+}
+int library_get_kernel(Kernel** kernel, Kernel* library, const char* name) {
+  *kernel = library;
+  return std::string_view(name) == "kernel" ? 0 : 500;
+}
+int kernel_get_function(void** function, Kernel* kernel) {
+  *function = kernel;
+  return current_context() ? 0 : 201;
+}
+int kernel_set_attribute(int attribute, int value, Kernel* kernel, int device) {
+  const std::lock_guard lock(state().mutex);
+  state().attributes.push_back({kernel, attribute, value, device});
+  return 0;
+}
+int launch_kernel_ex(const Config* config, Kernel* kernel, void** params, void**) {
+  const std::lock_guard lock(state().mutex);
+  if (const int status = state().fail_next_launch_with) {
+    state().fail_next_launch_with = 0;
+    return status;
+  }
+  if (!current_context()) return 201;
+  Launch launch;
+  launch.kernel = kernel;
+  launch.context = current_context();
+  std::memcpy(launch.grid, config->grid, sizeof launch.grid);
+  std::memcpy(launch.block, config->block, sizeof launch.block);
+  launch.shared_bytes = config->shared_bytes;
+  launch.stream = config->stream;
+  const auto* bytes = static_cast<const unsigned char*>(params[0]);
+  launch.params.assign(bytes, bytes + state().params_bytes);
+  state().launches.push_back(std::move(launch));
+  return 0;
+}
+int exchange_capture_mode(int* other) {
+  std::swap(mode, *other);
+  return 0;
+}
+
+struct Symbol {
+  std::string_view name;
+  void* address;
+};
+
+template <class Function>
+void* address_of(Function* function) {
+  return reinterpret_cast<void*>(function);
+}
+
+} // namespace
+
+extern "C" {
+
+int cuInit(unsigned) { return 0; } // so that the library finds this file
+
+/// NVRTC asks for it and lives without an answer.
+int cuGetExportTable(const void** table, const void*) {
+  *table = nullptr;
+  return 500;
+}
+
+int cuGetProcAddress_v2(const char* name, void** address, int version, uint64_t, int*) {
+  static const Symbol symbols[] = {
+      {"cuGetErrorName", address_of(get_error_name)},
+      {"cuGetErrorString", address_of(get_error_string)},
+      {"cuInit", address_of(init)},
+      {"cuDriverGetVersion", address_of(driver_get_version)},
+      {"cuDeviceGetCount", address_of(device_get_count)},
+      {"cuDeviceGet", address_of(device_get)},
+      {"cuDeviceGetName", address_of(device_get_name)},
+      {"cuDeviceGetAttribute", address_of(device_get_attribute)},
+      {"cuDeviceTotalMem", address_of(device_total_mem)},
+      {"cuDevicePrimaryCtxRetain", address_of(primary_ctx_retain)},
+      {"cuCtxGetCurrent", address_of(ctx_get_current)},
+      {"cuCtxGetDevice", address_of(ctx_get_device)},
+      {"cuCtxPushCurrent", address_of(ctx_push_current)},
+      {"cuCtxPopCurrent", address_of(ctx_pop_current)},
+      {"cuLibraryLoadData", address_of(library_load_data)},
+      {"cuLibraryGetKernel", address_of(library_get_kernel)},
+      {"cuKernelGetFunction", address_of(kernel_get_function)},
+      {"cuKernelSetAttribute", address_of(kernel_set_attribute)},
+      {"cuLaunchKernelEx", address_of(launch_kernel_ex)},
+      {"cuThreadExchangeStreamCaptureMode", address_of(exchange_capture_mode)},
+  };
+  if (version > 12000) return 1; // nothing newer than CUDA 12.0 may be asked for
+  for (const Symbol& symbol : symbols)
+    if (symbol.name == name) {
+      *address = symbol.address;
+      return 0;
+    }
+  return 500;
+}
+
+} // extern "C"

@@ -1,0 +1,328 @@
+// Plans to launches, on a driver that records what is asked of it.
+#include "core/launch.h"
+
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstring>
+#include <filesystem>
+#include <thread>
+
+#include "../scoped_env.h"
+#include "core/archive.h"
+#include "core/cache.h"
+#include "core/error.h"
+#include "core/forward_params.h"
+#include "core/images.h"
+#include "core/notice.h"
+#include "core/plan.h"
+#include "fake_cuda.h"
+
+namespace anyflash {
+namespace {
+
+namespace fs = std::filesystem;
+
+/// A row that no other test has loaded: loaded kernels stay for the life of the process.
+const Row& next_row() {
+  static size_t next = 0;
+  for (; next < rows().size(); ++next) {
+    const Row& row = rows()[next];
+    if (row.in_image("80") && row.in_image("90")) return rows()[next++];
+  }
+  throw std::logic_error("the table has too few rows for these tests");
+}
+
+Problem problem_of(const Row& row, int device) {
+  Problem p;
+  p.dtype = row.dtype;
+  p.device_type = ANYFLASH_CUDA;
+  p.device_index = device;
+  p.batch = 2;
+  p.heads = p.heads_k = 4;
+  p.seqlen_q = p.seqlen_k = 1000;
+  p.d = row.d;
+  p.dv = row.dv;
+  p.q.data = reinterpret_cast<void*>(0x1230);
+  p.scale = 0.125f;
+  return p;
+}
+
+anyflash_plan plan_of(const Row& row, int device) {
+  anyflash_plan plan{};
+  plan.device.index = device;
+  plan.launch_count = 1;
+  plan.launches[0] = {row.id,
+                      {64, 1, 1},
+                      static_cast<uint32_t>(row.threads()),
+                      static_cast<uint32_t>(row.shared_bytes())};
+  return plan;
+}
+
+/// What the caller of the tests says; read before the tests change it.
+const std::string callers_value =
+    std::getenv("ANYFLASH_NVRTC") ? std::getenv("ANYFLASH_NVRTC") : "";
+const char* const callers_nvrtc = callers_value.empty() ? nullptr : callers_value.c_str();
+
+std::vector<std::string>& notices() {
+  static std::vector<std::string> all;
+  return all;
+}
+
+/// Each test has a folder of archives and a cache of its own, and no compiler unless it asks.
+class LaunchTest : public testing::Test {
+protected:
+  LaunchTest()
+      : folder_(fs::temp_directory_path() / ("anyflash-launch-test-" + std::to_string(getpid()))),
+        kernels_("ANYFLASH_KERNELS", (folder_ / "kernels" / test_name()).c_str()),
+        cache_("ANYFLASH_CACHE_DIR", (folder_ / "cache" / test_name()).c_str()),
+        no_compiler_("ANYFLASH_NVRTC", "/nowhere/libnvrtc.so.12") {
+    fs::create_directories(archive_folder());
+    fake_cuda::state().launches.clear();
+    fake_cuda::state().attributes.clear();
+    fake_cuda::state().params_bytes = sizeof(ForwardParams);
+    fake_cuda::set_current_context(nullptr);
+    notices().clear();
+    set_notice_handler([](const char* text, void*) { notices().emplace_back(text); }, nullptr);
+  }
+  ~LaunchTest() override { fs::remove_all(folder_); }
+
+  static std::string test_name() {
+    return testing::UnitTest::GetInstance()->current_test_info()->name();
+  }
+
+  static void ship(const Row& row, const Target& target, const std::string& bytes,
+                   const std::string& hash) {
+    write_archive(archive_folder() / (target.name() + ".bin"), 12090,
+                  {{row.name(), hash, {bytes, {}}, 0}});
+  }
+  static void ship(const Row& row, const Target& target, const std::string& bytes) {
+    ship(row, target, bytes, row_hash(row));
+  }
+
+  static const std::vector<fake_cuda::Launch>& launches() { return fake_cuda::state().launches; }
+
+private:
+  fs::path folder_;
+  ScopedEnv kernels_, cache_, no_compiler_;
+};
+
+TEST_F(LaunchTest, RunsTheShippedImage) {
+  const Row& row = next_row();
+  ship(row, {"90"}, "machine code");
+  const Problem problem = problem_of(row, 0);
+  int stream = 0;
+  launch(plan_of(row, 0), problem, nullptr, &stream);
+  ASSERT_EQ(launches().size(), 1u);
+  const fake_cuda::Launch& recorded = launches()[0];
+  EXPECT_EQ(recorded.kernel->image, "machine code");
+  EXPECT_EQ(recorded.grid[0], 64u);
+  EXPECT_EQ(recorded.block[0], static_cast<unsigned>(row.threads()));
+  EXPECT_EQ(recorded.shared_bytes, static_cast<unsigned>(row.shared_bytes()));
+  EXPECT_EQ(recorded.stream, &stream);
+  ForwardParams params;
+  std::memcpy(&params, recorded.params.data(), sizeof params);
+  const ForwardParams expected = forward_params(problem, row);
+  EXPECT_EQ(std::memcmp(&params, &expected, sizeof params), 0);
+  EXPECT_TRUE(notices().empty());
+}
+
+TEST_F(LaunchTest, LoadsOnceAndSetsSharedMemoryOnce) {
+  const Row& row = next_row();
+  ship(row, {"90"}, "machine code");
+  fake_cuda::state().capture_mode_at_load.clear();
+  for (int i = 0; i < 3; ++i) launch(plan_of(row, 0), problem_of(row, 0), nullptr, nullptr);
+  EXPECT_EQ(launches().size(), 3u);
+  EXPECT_EQ(fake_cuda::state().capture_mode_at_load, std::vector<int>{2}) << "not once, relaxed";
+  EXPECT_EQ(fake_cuda::capture_mode(), 0) << "the thread's capture mode was not restored";
+  ASSERT_EQ(fake_cuda::state().attributes.size(), 1u);
+  EXPECT_EQ(fake_cuda::state().attributes[0].attribute, 8);
+  EXPECT_EQ(fake_cuda::state().attributes[0].value, row.shared_bytes());
+}
+
+TEST_F(LaunchTest, WarmUpLoadsWithoutLaunching) {
+  const Row& row = next_row();
+  ship(row, {"90"}, "machine code");
+  warm_up(plan_of(row, 0));
+  EXPECT_TRUE(launches().empty());
+  EXPECT_EQ(fake_cuda::state().attributes.size(), 1u);
+}
+
+TEST_F(LaunchTest, EachGpuRunsItsOwnImageInItsOwnContext) {
+  const Row& row = next_row();
+  ship(row, {"90"}, "for 9.0");
+  ship(row, {"80"}, "for 8.0");
+  fake_cuda::set_current_context(fake_cuda::primary_context(0));
+  launch(plan_of(row, 0), problem_of(row, 0), nullptr, nullptr);
+  launch(plan_of(row, 1), problem_of(row, 1), nullptr, nullptr);
+  ASSERT_EQ(launches().size(), 2u);
+  EXPECT_EQ(launches()[0].kernel->image, "for 9.0");
+  EXPECT_EQ(launches()[0].context->device, 0);
+  EXPECT_EQ(launches()[1].kernel->image, "for 8.0");
+  EXPECT_EQ(launches()[1].context->device, 1);
+  EXPECT_EQ(fake_cuda::current_context(), fake_cuda::primary_context(0)) << "not restored";
+}
+
+TEST_F(LaunchTest, TheCallersContextIsUsedWhenItIsOfTheRightGpu) {
+  const Row& row = next_row();
+  ship(row, {"80"}, "machine code");
+  fake_cuda::Context callers{1};
+  fake_cuda::set_current_context(&callers);
+  launch(plan_of(row, 1), problem_of(row, 1), nullptr, nullptr);
+  ASSERT_EQ(launches().size(), 1u);
+  EXPECT_EQ(launches()[0].context, &callers);
+}
+
+TEST_F(LaunchTest, AFailedLaunchNamesTheDriversErrorAndLeavesTheContext) {
+  const Row& row = next_row();
+  ship(row, {"90"}, "machine code");
+  fake_cuda::state().fail_next_launch_with = 700;
+  try {
+    launch(plan_of(row, 0), problem_of(row, 0), nullptr, nullptr);
+    FAIL() << "launched";
+  } catch (const RuntimeError& error) {
+    const std::string text = error.what();
+    EXPECT_NE(text.find(row.name()), std::string::npos) << text;
+    EXPECT_NE(text.find("CUDA_ERROR_ILLEGAL_ADDRESS"), std::string::npos) << text;
+  }
+  EXPECT_EQ(fake_cuda::current_context(), nullptr);
+}
+
+TEST_F(LaunchTest, ThreadsThatStartTogetherLoadOnce) {
+  const Row& row = next_row();
+  ship(row, {"90"}, "machine code");
+  fake_cuda::state().capture_mode_at_load.clear();
+  std::atomic<int> waiting{8};
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 8; ++i)
+    threads.emplace_back([&] {
+      --waiting;
+      while (waiting > 0) std::this_thread::yield();
+      launch(plan_of(row, 0), problem_of(row, 0), nullptr, nullptr);
+    });
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(launches().size(), 8u);
+  EXPECT_EQ(fake_cuda::state().capture_mode_at_load.size(), 1u);
+}
+
+TEST_F(LaunchTest, StaleArchivesCountAsNotBuilt) {
+  const Row& row = next_row();
+  ship(row, {"90"}, "machine code", "0000000000000000");
+  try {
+    launch(plan_of(row, 0), problem_of(row, 0), nullptr, nullptr);
+    FAIL() << "launched";
+  } catch (const RuntimeError& error) {
+    const std::string text = error.what();
+    for (const char* part : {"Fake 9.0", "9.0", "driver 12.4", "sm_90", "/nowhere/libnvrtc",
+                             "pip install nvidia-cuda-nvrtc-cu12", "FLASH_ATTN_CUDA_ARCHS=90"})
+      EXPECT_NE(text.find(part), std::string::npos) << part << " not in: " << text;
+  }
+  EXPECT_TRUE(launches().empty());
+}
+
+TEST_F(LaunchTest, DamagedArchivesCountAsNotBuilt) {
+  const Row& row = next_row();
+  ship(row, {"90"}, std::string(1000, 'x'));
+  fs::resize_file(archive_folder() / "sm_90.bin", 300);
+  EXPECT_THROW(launch(plan_of(row, 0), problem_of(row, 0), nullptr, nullptr), RuntimeError);
+}
+
+TEST_F(LaunchTest, ThePtxIsTheInsuranceAndIsAnnouncedOnce) {
+  const Row& row = next_row();
+  ship(row, {"80", true}, ".version 8.8");
+  for (int i = 0; i < 2; ++i) launch(plan_of(row, 0), problem_of(row, 0), nullptr, nullptr);
+  ASSERT_EQ(launches().size(), 2u);
+  EXPECT_EQ(launches()[0].kernel->image, ".version 8.8");
+  ASSERT_EQ(notices().size(), 1u);
+  EXPECT_NE(notices()[0].find("compute_80"), std::string::npos) << notices()[0];
+}
+
+TEST_F(LaunchTest, AnImageCanBeForced) {
+  const Row& row = next_row();
+  ship(row, {"90"}, "machine code");
+  ship(row, {"80", true}, ".version 8.8");
+  const ScopedEnv forced("ANYFLASH_IMAGE", "compute_80");
+  launch(plan_of(row, 0), problem_of(row, 0), nullptr, nullptr);
+  ASSERT_EQ(launches().size(), 1u);
+  EXPECT_EQ(launches()[0].kernel->image, ".version 8.8");
+}
+
+TEST_F(LaunchTest, WhatIsKeptOnDiskNeedsNoCompiler) {
+  const Row& row = next_row();
+  ASSERT_TRUE(cache_store({row.name(), "sm_90", row_hash(row), 12090}, "kept"));
+  launch(plan_of(row, 0), problem_of(row, 0), nullptr, nullptr);
+  ASSERT_EQ(launches().size(), 1u);
+  EXPECT_EQ(launches()[0].kernel->image, "kept");
+}
+
+TEST_F(LaunchTest, WhatIsMissingIsCompiledAnnouncedAndKept) {
+  const ScopedEnv callers_compiler("ANYFLASH_NVRTC", callers_nvrtc);
+  if (!find_compiler(12040)) GTEST_SKIP() << "no libnvrtc found (set ANYFLASH_NVRTC or CUDA_HOME)";
+  const Row& row = next_row();
+  launch(plan_of(row, 1), problem_of(row, 1), nullptr, nullptr);
+  ASSERT_EQ(launches().size(), 1u);
+  EXPECT_EQ(launches()[0].kernel->image.substr(1, 3), "ELF");
+  ASSERT_EQ(notices().size(), 1u);
+  EXPECT_NE(notices()[0].find(row.name()), std::string::npos);
+  EXPECT_NE(notices()[0].find("sm_80"), std::string::npos);
+  const int version = find_compiler(12040)->version();
+  EXPECT_TRUE(cache_load({row.name(), "sm_80", row_hash(row), version}));
+}
+
+TEST_F(LaunchTest, NothingIsLaunchedWithoutBlocks) {
+  const Row& row = next_row();
+  anyflash_plan plan = plan_of(row, 0);
+  plan.launches[0].grid[0] = 0;
+  launch(plan, problem_of(row, 0), nullptr, nullptr);
+  EXPECT_TRUE(launches().empty());
+}
+
+TEST_F(LaunchTest, UnknownGpusAndRowsAreNamed) {
+  EXPECT_THROW(get_gpu(2), RuntimeError);
+  EXPECT_THROW(get_gpu(-1), RuntimeError);
+  anyflash_plan plan = plan_of(rows()[0], 0);
+  plan.launches[0].row = 100000;
+  EXPECT_THROW(launch(plan, problem_of(rows()[0], 0), nullptr, nullptr), InvalidValue);
+}
+
+TEST_F(LaunchTest, DescribesGpusAndPlansForOthers) {
+  const anyflash_device device = get_gpu(1);
+  EXPECT_EQ(device.compute_capability, 80);
+  EXPECT_EQ(device.index, 1);
+  EXPECT_EQ(device.shared_bytes, 163 * 1024);
+  EXPECT_EQ(device.driver, 12040);
+  const ScopedEnv other("ANYFLASH_PLAN_FOR", "86");
+  EXPECT_EQ(get_gpu(0).compute_capability, 86);
+  EXPECT_EQ(get_gpu(0).shared_bytes, describe_gpu(86).shared_bytes);
+}
+
+TEST_F(LaunchTest, RowsOfAnotherGenerationAreCompiledForTheGpuThatIsHere) {
+  for (const Row& row : rows())
+    if (!row.in_image("90")) {
+      EXPECT_EQ(native_target(row, 90), Target{"90"});
+    }
+  EXPECT_EQ(native_target(next_row(), 90), Target{"90"});
+  EXPECT_EQ(native_target(rows()[0], 130), Target{"130"}) << "a generation nobody knew";
+}
+
+TEST_F(LaunchTest, AChildOfForkIsToldThatCudaIsGone) {
+  get_gpu(0);
+  const pid_t child = fork();
+  if (child == 0) {
+    try {
+      get_gpu(0);
+    } catch (const RuntimeError& error) {
+      _exit(std::string(error.what()).find("fork") != std::string::npos ? 0 : 2);
+    }
+    _exit(1);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  EXPECT_TRUE(WIFEXITED(status));
+  EXPECT_EQ(WEXITSTATUS(status), 0);
+}
+
+} // namespace
+} // namespace anyflash
