@@ -106,9 +106,14 @@ class Torch(Adapter):
                 f"asked: attention on {device} ({name}); available: cpu and cuda; missing: a "
                 "backend for it"
             )
-        return Described(
-            tensor.data_ptr(), dtype, place, tuple(tensor.shape), tensor.stride(), tensor
-        )
+        try:
+            data = tensor.data_ptr()
+        except RuntimeError as error:
+            raise NotImplementedError(
+                f"asked: attention with {name} inside a transformation of torch (vmap, grad, ...); "
+                "available: plain torch tensors; missing: the operator for it"
+            ) from error
+        return Described(data, dtype, place, tuple(tensor.shape), tensor.stride(), tensor)
 
     def empty(self, like: Any, shape: tuple[int, ...], dtype: int) -> Any:
         kind = self.torch.float32 if dtype == FLOAT32 else like.dtype

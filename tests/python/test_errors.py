@@ -689,3 +689,5 @@ def test_torch_refusals(binding):
         fake = torch.zeros(1, 8, 2, 64)
     with pytest.raises(NotImplementedError, match="asked: attention with q a FakeTensor"):
         anyflash.attention(fake, fake, fake)
+    with pytest.raises(NotImplementedError, match=r"q inside a transformation of torch \(vmap,"):
+        torch.func.vmap(lambda x: anyflash.attention(x, x, x))(torch.zeros(3, 1, 8, 2, 64))

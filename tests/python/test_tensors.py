@@ -183,6 +183,16 @@ def test_torch_out_and_parameter(binding):
     check(*(x.numpy() for x in attend(frozen, k, v)))
 
 
+def test_torch_results_are_torchs_own(binding):
+    """Ordinary memory of torch, contiguous: it can be resized, and shared with nobody."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    q = torch.from_numpy(Q).transpose(1, 2).contiguous().transpose(1, 2)
+    o, lse = attend(q, torch.from_numpy(K), torch.from_numpy(V))
+    for tensor in (o, lse):
+        assert tensor.is_contiguous()
+        assert tensor.untyped_storage().resizable()
+
+
 def test_torch_packed_with_all_options(binding):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     q, k, v = Q[0], K[0], V[0]
