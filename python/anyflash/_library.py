@@ -136,8 +136,12 @@ def _as_float32(value: float) -> float:
 def find() -> str:
     """The path of libanyflash: ANYFLASH_LIBRARY, or the one installed with this package."""
     name = "anyflash.dll" if sys.platform == "win32" else "libanyflash.so"
-    inside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "lib", name)
-    path = os.environ.get("ANYFLASH_LIBRARY") or inside
+    package = os.path.dirname(os.path.abspath(__file__))
+    # An editable install leaves Python files in the source tree, the library in site-packages.
+    folders = [package, *(os.path.join(path, "anyflash") for path in sys.path)]
+    inside = [os.path.join(folder, "lib", name) for folder in folders]
+    given = os.environ.get("ANYFLASH_LIBRARY")
+    path = given or next(filter(os.path.exists, inside), inside[0])
     if not os.path.exists(path):
         raise RuntimeError(
             f"{name} was not found at {path}; reinstall anyflash (pip install --force-reinstall "
