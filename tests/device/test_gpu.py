@@ -115,6 +115,35 @@ def test_row_stride_over_2_to_31():
     assert violation_of(o, lse, q, k, v) is None
 
 
+def test_several_gpus_in_one_process():
+    """Tensors decide where the work runs, not the current device, which stays what it was."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    inputs = [randn(2, 300, 4, 128) for _ in range(3)]
+    expected = anyflash.attention(*inputs, causal=True)
+    results: dict[int, list[object]] = {0: [], 1: []}
+
+    def work(index: int) -> None:
+        q, k, v = (x.to(f"cuda:{index}") for x in inputs)
+        for _ in range(20):
+            results[index].append(anyflash.attention(q, k, v, causal=True))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    on_second = anyflash.attention(*(x.to("cuda:1") for x in inputs), causal=True)
+    assert torch.cuda.current_device() == 0
+    torch.cuda.synchronize(0)
+    torch.cuda.synchronize(1)
+    for index, outputs in results.items():
+        assert len(outputs) == 20
+        for o in [*outputs, on_second]:
+            assert torch.equal(o.cpu(), expected.cpu())
+        assert all(o.device.index == index for o in outputs)
+
+
 def test_cupy_in_cupy_out():
     cupy = pytest.importorskip("cupy")
     q, k, v = (randn(1, 130, 2, 64, dtype=torch.float16) for _ in range(3))
