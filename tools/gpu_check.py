@@ -50,7 +50,8 @@ def image_of(name: str) -> Image:
     if match := re.fullmatch(r"sm_(\d+a?)", name):
         return Image(name, {"ANYFLASH_IMAGE": name})
     if match := re.fullmatch(r"compute_(\d+)", name):
-        return Image(f"{name} PTX", {"ANYFLASH_IMAGE": name})
+        # Rows as a GPU gets them for which there is no image: those of the PTX's own generation.
+        return Image(f"{name} PTX", {"ANYFLASH_IMAGE": name, "ANYFLASH_PLAN_FOR": match[1]})
     if match := re.fullmatch(r"rows_(\d+)", name):
         return Image(f"rows of sm_{match[1]}", {"ANYFLASH_PLAN_FOR": match[1]})
     raise SystemExit(f"--images: {name!r} is none of sm_NN, compute_NN, rows_NN")

@@ -1,0 +1,21 @@
+"""What compute-sanitizer will run reaches every row: planned here, without a GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("anyflash", reason="anyflash is not installed")
+
+SCRIPT = Path(__file__).resolve().parents[1] / "device" / "sanitize_rows.py"
+
+
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120"])
+def test_every_kernel_is_reached(gpu):
+    command = [sys.executable, str(SCRIPT), "--plan-only", gpu]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "not reached" not in done.stdout
