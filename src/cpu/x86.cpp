@@ -4,7 +4,6 @@
 #if defined(__x86_64__) || defined(_M_X64)
 #include <cpuid.h>
 #include <immintrin.h>
-#include <immintrin.h>
 
 #include <cstdint>
 

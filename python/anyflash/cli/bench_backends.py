@@ -132,7 +132,7 @@ class NumpyCpu(Backend):
         shape = (cell.batch, cell.seqlen, cell.heads, cell.d)
         q, k, v = (random.standard_normal(shape, np.float32).astype(cell.dtype) for _ in range(3))
         others = [np.ascontiguousarray(x.transpose(0, 2, 1, 3)) for x in (q, k, v)]
-        hidden = np.triu(np.ones((cell.seqlen, cell.seqlen), bool), 1) if cell.causal else None
+        hidden: Any = np.triu(np.ones((cell.seqlen, cell.seqlen), bool), 1) if cell.causal else None
         return {
             OURS: lambda: anyflash.attention(q, k, v, causal=cell.causal),
             STANDARD: lambda: _standard_numpy(others, hidden),
@@ -170,7 +170,7 @@ class TorchCpu(Backend):
         kind = {"dtype": getattr(torch, cell.dtype), "device": self.device, "generator": generator}
         q, k, v = (torch.randn(shape, **kind) for _ in range(3))
         others = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
-        hidden = None
+        hidden: Any = None
         if cell.causal:
             square = torch.ones(cell.seqlen, cell.seqlen, dtype=torch.bool, device=self.device)
             hidden = square.triu(1)

@@ -180,7 +180,7 @@ def encode_all(
         q: np.ndarray, k: np.ndarray, v: np.ndarray, cu_seqlens: np.ndarray, longest: int
     ) -> np.ndarray:
         start = time.perf_counter()
-        o = attention(q, k, v, cu_seqlens, longest)
+        o: np.ndarray = attention(q, k, v, cu_seqlens, longest)
         times.attention += time.perf_counter() - start
         return o
 
