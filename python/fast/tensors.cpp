@@ -22,8 +22,6 @@ struct TensorType {
   PyObject* float32 = nullptr;     // the library's name of that dtype; torch's as {"dtype": ...}
   PyObject* empty_like = nullptr;  // torch's own ways, beside tensor.new_empty(shape)
   bool has_grad = false;
-
-  bool known() const { return api || numpy_empty; }
 };
 
 /// NumPy's own array type: read through __dlpack__, made by numpy.empty.

@@ -5,6 +5,7 @@
 
 #include "core/plan.h"
 #include "core/row.h"
+#include "core/tensor_checks.h"
 #include "core/work.h"
 #include "cpu/cpu.h"
 
@@ -54,20 +55,6 @@ std::string number(double value) {
   return text;
 }
 
-const char* dtype_name(DType dtype) {
-  switch (dtype) {
-  case DType::float16:
-    return "float16";
-  case DType::bfloat16:
-    return "bfloat16";
-  case DType::float32:
-    return "float32";
-  case DType::float64:
-    return "float64";
-  }
-  return "?";
-}
-
 std::string side(int64_t window) {
   return window == Mask::unbounded ? "unbounded" : to_string(window);
 }
@@ -79,7 +66,7 @@ std::string mask_words(const Mask& mask) {
 }
 
 std::string problem_words(const Problem& p) {
-  std::string text = "problem    forward, " + std::string(dtype_name(p.dtype)) + ", ";
+  std::string text = "problem    forward, " + dtype_name(p.dtype) + ", ";
   text += p.packed ? "packed: " + to_string(p.batch) + " sequences, " + to_string(p.total_q) +
                          " rows of q (at most " + to_string(p.seqlen_q) + " a sequence), " +
                          to_string(p.total_k) + " of k (at most " + to_string(p.seqlen_k) + ")"

@@ -9,6 +9,7 @@
 #include "core/error.h"
 #include "core/plan_cache.h"
 #include "core/row.h"
+#include "core/tensor_checks.h"
 #include "cpu/cpu.h"
 
 namespace anyflash {
@@ -17,20 +18,6 @@ namespace {
 using std::to_string;
 
 constexpr int64_t largest_grid = (int64_t{1} << 31) - 1;
-
-std::string dtype_name(DType dtype) {
-  switch (dtype) {
-  case DType::float16:
-    return "float16";
-  case DType::bfloat16:
-    return "bfloat16";
-  case DType::float32:
-    return "float32";
-  case DType::float64:
-    return "float64";
-  }
-  return "?";
-}
 
 std::string op_name(anyflash_op op) { return op == ANYFLASH_FORWARD ? "forward" : "?"; }
 

@@ -4,7 +4,6 @@
 
 #include "core/error.h"
 #include "core/overlap.h"
-#include "core/problem.h"
 
 namespace anyflash {
 

@@ -6,7 +6,7 @@
 #include <span>
 #include <string>
 
-#include "anyflash/anyflash.h"
+#include "core/problem.h"
 
 namespace anyflash {
 
@@ -23,6 +23,7 @@ struct Named {
 std::string device_name(const anyflash_tensor& tensor);
 /// "float16"
 std::string dtype_name(int32_t dtype);
+inline std::string dtype_name(DType dtype) { return dtype_name(static_cast<int32_t>(dtype)); }
 /// "[2, 8]"
 std::string list(std::span<const int64_t> values);
 
