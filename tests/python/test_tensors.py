@@ -271,7 +271,8 @@ def test_fast_takes_the_usual_calls_itself(monkeypatch):
 
 
 def test_references_are_given_back(binding):
-    objects = (Q, K, V, None, Q.dtype)
+    # From 3.12 on None and dtypes are immortal: their counts mean nothing.
+    objects = (Q, K, V) if sys.version_info >= (3, 12) else (Q, K, V, None, Q.dtype)
     gc.collect()
     before = [sys.getrefcount(x) for x in objects]
     for _ in range(1000):
