@@ -1,0 +1,120 @@
+"""README's tables say what the recorded runs measured, and nothing else."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import update_tables
+
+CELL = {
+    "d": 64,
+    "dv": 64,
+    "heads": 32,
+    "heads_k": 32,
+    "causal": False,
+    "seqlen": 512,
+    "batch": 32,
+    "dtype": "bf16",
+    "layout": "dense",
+    "options": {},
+    "ours": 300.4,
+    "peers": {"fa2": 200.0},
+    "unit": "TFLOP/s",
+}
+SECTION = {
+    "op": "fwd",
+    "family": "sm80",
+    "image": "sm_90",
+    "gpu": "NVIDIA H100",
+    "driver": "580.1",
+    "date": "2026-11-22",
+}
+README = "".join(f"<!-- table:{n} -->\nold\n<!-- /table:{n} -->\n" for n in update_tables.TABLES)
+
+
+@pytest.fixture()
+def root(tmp_path):
+    (tmp_path / "tests" / "device").mkdir(parents=True)
+    (tmp_path / "bench").mkdir()
+    return tmp_path
+
+
+def record(root, *cells, **changes):
+    sections = [{**SECTION, "bench": list(cells), **changes}]
+    (root / update_tables.RECORD).write_text(json.dumps({"sections": sections}))
+
+
+def test_nothing_measured(root):
+    text = update_tables.updated(README, root)
+    assert text.count(update_tables.NOT_YET) == 3 and "old" not in text
+    record(root)
+    assert update_tables.updated(README, root) == text
+
+
+def test_gpu_grid(root):
+    causal = {**CELL, "causal": True, "seqlen": 16384, "ours": 100.0, "peers": {"fa2": 125.0}}
+    record(root, CELL, causal, {**CELL, "seqlen": 1000, "peers": {"fa2": 300.4}})
+    lines = update_tables.gpu_table(root).splitlines()
+    assert "NVIDIA H100" in lines[0] and "geometric mean 1.06" in lines[0]
+    assert lines[2:] == [
+        "| dtype | d | mask | 512 | 1000 | 16k |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| bf16 | 64 | full | 300 (1.50x) | 300 (1.00x) |  |",
+        "| bf16 | 64 | causal |  |  | 100 (0.80x) |",
+    ]
+
+
+def test_options_and_other_work_are_not_in_the_grid(root):
+    plain = {"plain": 200.0, "fa2": 100.0}
+    softcap = {**CELL, "options": {"softcap": 30.0}, "ours": 160.0, "peers": plain}
+    packed = {**CELL, "layout": "packed", "ours": 200.0, "peers": plain}
+    gqa = {**CELL, "heads_k": 8, "ours": 250.0, "peers": plain}
+    host = {**CELL, "options": {"measured": "host time per call"}, "unit": "us"}
+    record(root, softcap, packed, gqa, host)
+    assert update_tables.gpu_table(root) == update_tables.NOT_YET
+    assert update_tables.option_table(root).splitlines()[2:] == [
+        "|  | d 64, full |",
+        "| --- | --- |",
+        "| softcap | +25.0 % |",
+        "| packed sequences | +0.0 % |",
+        "| GQA, 4 query heads a key head | -20.0 % |",
+    ]
+
+
+def test_other_operations_have_no_table(root):
+    record(root, CELL, op="bwd")
+    assert update_tables.gpu_table(root) == update_tables.NOT_YET
+
+
+def test_cpu_grid(root):
+    cell = {
+        "dtype": "float32",
+        "d": 64,
+        "causal": True,
+        "seqlen": 2048,
+        "ours": 201.6,
+        "ratio": 1.3,
+    }
+    report = {
+        "cpu": "a CPU",
+        "threads": 2,
+        "torch": "2.13.0",
+        "date": "2026-11-22",
+        "geomean": 1.3,
+        "cells": [cell],
+    }
+    (root / update_tables.CPU).write_text(json.dumps(report))
+    lines = update_tables.cpu_table(root).splitlines()
+    assert lines[0].startswith("a CPU, 2 threads, torch 2.13.0") and "mean 1.30" in lines[0]
+    assert lines[-1] == "| float32 | 64 | causal | 202 (1.30x) |"
+
+
+def test_a_readme_without_a_place_is_an_error(root):
+    with pytest.raises(SystemExit, match="not one place for the table gpu"):
+        update_tables.updated("no markers", root)
+
+
+def test_readme_is_current():
+    text = (update_tables.ROOT / "README.md").read_text(encoding="utf-8")
+    assert update_tables.updated(text, update_tables.ROOT) == text

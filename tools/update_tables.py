@@ -1,0 +1,174 @@
+"""Writes the measured tables into README.md from what the benchmarks recorded; --check says whether
+they are current.
+
+usage: python tools/update_tables.py [--check]
+
+A table stands between <!-- table:NAME --> and <!-- /table:NAME -->:
+  gpu, options  from tests/device/record.json, which tools/gpu_check.py writes
+  cpu           from bench/cpu_forward.json, which bench/cpu_forward.py writes
+Without its file a table says that nothing was measured yet.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORD = Path("tests/device/record.json")
+CPU = Path("bench/cpu_forward.json")
+NOT_YET = "Not measured yet."
+IMAGES = {"compute_80 PTX": "PTX of compute_80, compiled by the driver"}
+
+Cell = dict[str, Any]
+
+
+def gpu_table(root: Path) -> str:
+    """Speed over the grid, by image: ours, and how many times that of FlashAttention-2."""
+    parts = []
+    for section in sections(root):
+        cells = [
+            cell for cell in section.get("bench", []) if is_plain(cell) and "fa2" in cell["peers"]
+        ]
+        if not cells:
+            continue
+        ratios = [cell["ours"] / cell["peers"]["fa2"] for cell in cells]
+        image = IMAGES.get(section["image"], f"image {section['image']}")
+        parts.append(
+            f"{section['gpu']}, {image}, driver {section['driver']}, {section['date']}: forward, "
+            f"{cells[0]['dtype']}, {cells[0]['unit']} (in brackets: times the speed of torch's "
+            f"FlashAttention-2 in the same run; geometric mean {geometric_mean(ratios):.2f})\n\n"
+            + grid(cells, lambda c: c["ours"], lambda c: c["ours"] / c["peers"]["fa2"])
+        )
+    return "\n\n".join(parts) or NOT_YET
+
+
+def option_table(root: Path) -> str:
+    """What each option costs over the same work without it."""
+    parts = []
+    for section in sections(root):
+        cells = [cell for cell in section.get("bench", []) if "plain" in cell.get("peers", {})]
+        if not cells:
+            continue
+        names = list(dict.fromkeys(option_name(cell) for cell in cells))
+        shapes = sorted({(cell["d"], cell["causal"]) for cell in cells})
+        heads = ["", *(f"d {d}, {mask(causal)}" for d, causal in shapes)]
+        lines = []
+        for name in names:
+            cost = {
+                (
+                    cell["d"],
+                    cell["causal"],
+                ): f"{100 * (cell['peers']['plain'] / cell['ours'] - 1):+.1f} %"
+                for cell in cells
+                if option_name(cell) == name
+            }
+            lines.append([name, *(cost.get(shape, "") for shape in shapes)])
+        image = IMAGES.get(section["image"], f"image {section['image']}")
+        parts.append(
+            f"{section['gpu']}, {image}, {cells[0]['seqlen']} tokens: time that an option adds to "
+            f"the plain kernel\n\n{markdown(heads, lines)}"
+        )
+    return "\n\n".join(parts) or NOT_YET
+
+
+def cpu_table(root: Path) -> str:
+    """Speed over the grid: ours, and how many times that of torch's SDPA."""
+    path = root / CPU
+    if not path.is_file():
+        return NOT_YET
+    report = json.loads(path.read_text())
+    return (
+        f"{report['cpu']}, {report['threads']} threads, torch {report['torch']}, {report['date']}: "
+        "forward, batch 1, hidden 1024, GFLOP/s (in brackets: times the speed of torch's SDPA in "
+        f"the same run; geometric mean {report['geomean']:.2f})\n\n"
+        + grid(report["cells"], lambda c: c["ours"], lambda c: c["ratio"])
+    )
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "gpu": gpu_table,
+    "options": option_table,
+    "cpu": cpu_table,
+}
+
+
+def sections(root: Path) -> list[dict[str, Any]]:
+    """The record's sections of the forward."""
+    path = root / RECORD
+    found = json.loads(path.read_text())["sections"] if path.is_file() else []
+    return [section for section in found if section["op"] == "fwd"]
+
+
+def is_plain(cell: Cell) -> bool:
+    return not cell["options"] and cell["layout"] == "dense" and cell["heads"] == cell["heads_k"]
+
+
+def option_name(cell: Cell) -> str:
+    if cell["options"]:
+        return ", ".join(sorted(cell["options"]))
+    return "packed sequences" if cell["layout"] == "packed" else "GQA, 4 query heads a key head"
+
+
+def grid(
+    cells: Iterable[Cell], speed: Callable[[Cell], float], ratio: Callable[[Cell], float]
+) -> str:
+    """A line for each dtype, head dim and mask, a column for each sequence length."""
+    table: dict[tuple[Any, ...], dict[int, str]] = {}
+    for cell in cells:
+        line = table.setdefault((cell["dtype"], cell["d"], cell["causal"]), {})
+        line[cell["seqlen"]] = f"{speed(cell):.0f} ({ratio(cell):.2f}x)"
+    seqlens = sorted({seqlen for line in table.values() for seqlen in line})
+    heads = ["dtype", "d", "mask", *(length(seqlen) for seqlen in seqlens)]
+    lines = [
+        [dtype, str(d), mask(causal), *(line.get(seqlen, "") for seqlen in seqlens)]
+        for (dtype, d, causal), line in table.items()
+    ]
+    return markdown(heads, lines)
+
+
+def markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [heads, ["---"] * len(heads), *lines])
+
+
+def mask(causal: bool) -> str:
+    return "causal" if causal else "full"
+
+
+def length(seqlen: int) -> str:
+    return f"{seqlen // 1024}k" if seqlen % 1024 == 0 else str(seqlen)
+
+
+def geometric_mean(ratios: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
+
+
+def updated(text: str, root: Path) -> str:
+    """The text with each table between its markers as the files have it now."""
+    for name, make in TABLES.items():
+        start, end = f"<!-- table:{name} -->\n", f"<!-- /table:{name} -->"
+        if text.count(start) != 1 or text.count(end) != 1:
+            raise SystemExit(f"README.md has not one place for the table {name}")
+        before, rest = text.split(start)
+        text = f"{before}{start}{make(root)}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+def main() -> int:
+    readme = ROOT / "README.md"
+    current = readme.read_text(encoding="utf-8")
+    text = updated(current, ROOT)
+    if "--check" in sys.argv[1:]:
+        if current != text:
+            print("README.md has not the measured tables: run tools/update_tables.py")
+        return int(current != text)
+    readme.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
