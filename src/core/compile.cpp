@@ -84,7 +84,8 @@ Resources parse_resources(std::string_view log) {
   const int spill_stores = number_before(log, " bytes spill stores");
   resources.registers = number_after(log, "Used ");
   resources.spill_bytes = spill_stores + number_before(log, " bytes spill loads");
-  resources.stack_bytes = std::max(0, number_before(log, " bytes stack frame") - spill_stores);
+  const int spill_slots = (spill_stores + 7) / 8 * 8; // frames are multiples of 8 bytes
+  resources.stack_bytes = std::max(0, number_before(log, " bytes stack frame") - spill_slots);
   resources.static_shared_bytes = number_before(log, " bytes smem");
   while (!log.empty()) {
     const std::string_view line = log.substr(0, log.find('\n'));

@@ -23,6 +23,8 @@ constexpr const char* help = R"(anyflash-build --output DIR [options]
   --archs LIST         "8.0;9.0+PTX", "80;90", "native", "all"; default: FLASH_ATTN_CUDA_ARCHS,
                        TORCH_CUDA_ARCH_LIST, the GPUs present, or all when there is none
   --site-packages DIR  where to look for the pip packages of libnvrtc; may be repeated
+  --rows TEXT          only rows whose name holds TEXT: to try one kernel; the archives then hold
+                       only these
   --check              exit 1 when a kernel spills above its allowance, keeps arrays in
                        local memory, or draws a ptxas warning that slows
 MAX_JOBS limits the number of processes; free memory does too.
@@ -31,7 +33,9 @@ MAX_JOBS limits the number of processes; free memory does too.
 struct Options {
   fs::path output;
   std::string archs = requested_archs();
+  std::string rows; // part of the names wanted; empty: all
   bool check = false;
+  bool help = false;
 };
 
 Options parse(int argc, char** argv) {
@@ -46,22 +50,28 @@ Options parse(int argc, char** argv) {
       options.output = argument();
     else if (name == "--archs")
       options.archs = argument();
+    else if (name == "--rows")
+      options.rows = argument();
     else if (name == "--site-packages")
       add_compiler_path(argument());
     else if (name == "--check")
       options.check = true;
+    else if (name == "--help")
+      options.help = true;
     else
-      throw InvalidValue(name == "--help" ? help : "unknown option " + name + "\n" + help);
+      throw InvalidValue("unknown option " + name + "\n" + help);
   }
-  if (options.output.empty()) throw InvalidValue(std::string("--output is missing\n") + help);
+  if (options.output.empty() && !options.help)
+    throw InvalidValue(std::string("--output is missing\n") + help);
   return options;
 }
 
-std::vector<Job> jobs_for(const std::vector<Target>& targets) {
+std::vector<Job> jobs_for(const std::vector<Target>& targets, const std::string& names) {
   std::vector<Job> jobs;
   for (const Target& target : targets)
     for (const Row& row : rows())
-      if (row.in_image(target.arch)) jobs.push_back({&row, target});
+      if (row.in_image(target.arch) && row.name().find(names) != std::string::npos)
+        jobs.push_back({&row, target});
   return jobs;
 }
 
@@ -184,6 +194,10 @@ void build_without_compiler(const Options& options, const CompilerSearch& search
 }
 
 int build(const Options& options) {
+  if (options.help) {
+    std::fputs(help, stdout);
+    return 0;
+  }
   const auto start = std::chrono::steady_clock::now();
   fs::create_directories(options.output);
   const CompilerSearch search = search_compiler(0);
@@ -202,7 +216,7 @@ int build(const Options& options) {
   Summary summary;
   summary.compiler_version = compiler.version();
   const std::vector<Built> kernels =
-      build_all(jobs_for(selection.targets), compiler, options.output, summary);
+      build_all(jobs_for(selection.targets, options.rows), compiler, options.output, summary);
   const size_t bytes =
       write_archives(options.output, selection.targets, kernels, compiler.version());
   const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
