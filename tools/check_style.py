@@ -16,7 +16,7 @@ from source_text import includes, without_comments_and_literals
 COLUMNS = 100
 LINES = 550
 
-CPP = {".h", ".cuh", ".cpp", ".c"}
+CPP = {".h", ".hpp", ".cuh", ".cpp", ".c"}
 CODE = CPP | {".py", ".pyi", ".cmake"}
 TOP_FOLDERS = (
     "bench",

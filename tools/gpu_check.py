@@ -6,7 +6,8 @@ On the machine with the GPU (needs Python with torch; nothing is downloaded):
 
 Anywhere:
 
-  python tools/gpu_check.py --import DIR      merge the record of such a run into the project's
+  python tools/gpu_check.py --import DIR      merge the record of such a run into the project's,
+                                              and write the tables of the docs anew
   python tools/gpu_check.py --check-record    one line: which sections are stale; exit 0 if none
 
 --images: "sm_90" (or what the GPU is) is the native image, "compute_80" the PTX that the driver
@@ -356,6 +357,8 @@ def main() -> int:
     arguments = parse()
     if arguments.import_from:
         import_record(arguments.import_from)
+        for script in ("generate_docs.py", "update_tables.py"):
+            subprocess.run([sys.executable, str(ROOT / "tools" / script)], check=True)
     if arguments.check_record:
         line, fresh = gpu_record.check_line(gpu_record.read())
         print(line)
