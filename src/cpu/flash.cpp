@@ -16,7 +16,7 @@
 namespace anyflash::cpu {
 namespace {
 
-constexpr int most_strips = 8; // of a task
+constexpr int most_strips = 12; // of a task: its Q and O stay in the second-level cache
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -267,14 +267,21 @@ private:
 } // namespace
 
 Tiling tiling(const Problem& problem) {
-  constexpr int64_t enough_tasks = 32, least_keys = 512; // of a split
+  constexpr int64_t enough_blocks = 16, enough_tasks = 32; // to keep a few threads busy
+  constexpr int64_t least_keys = 512;                      // of a split
+  const auto blocks = [&](int Br) {
+    const Division division(problem.seqlen_q, 0, std::max<int64_t>(1, problem.group()), Br);
+    return std::max<int64_t>(1, division.tasks * problem.heads_k * problem.batch);
+  };
   Tiling tiling;
-  tiling.Br = (problem.d + problem.dv > 256 ? most_strips / 2 : most_strips) * strip_rows;
   tiling.Bc = block_keys;
-  const Division division(problem.seqlen_q, 0, std::max<int64_t>(1, problem.group()), tiling.Br);
-  const int64_t tasks = std::max<int64_t>(1, division.tasks * problem.heads_k * problem.batch);
+  // Large blocks, because each packs the keys anew; smaller ones where there would be too few.
+  int strips = problem.d + problem.dv > 256 ? most_strips / 2 : most_strips;
+  while (strips > 4 && blocks(strips * strip_rows) < enough_blocks) strips -= 2;
+  tiling.Br = strips * strip_rows;
   tiling.splits = static_cast<int>(std::clamp<int64_t>(
-      std::min(ceil_div(enough_tasks, tasks), problem.seqlen_k / least_keys), 1, enough_tasks));
+      std::min(ceil_div(enough_tasks, blocks(tiling.Br)), problem.seqlen_k / least_keys), 1,
+      enough_tasks));
   return tiling;
 }
 
