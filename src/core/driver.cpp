@@ -77,7 +77,8 @@ std::unique_ptr<Driver> open_driver() {
   std::string error;
   const SharedLibrary library = SharedLibrary::open(library_name, &error);
   if (!library)
-    throw RuntimeError("no NVIDIA driver on this machine (" + error +
+    throw RuntimeError(std::string("no NVIDIA driver on this machine (") + library_name + ": " +
+                       error +
                        "): install it, or in a container start it with access to the GPUs (docker "
                        "run --gpus all)");
   auto driver = std::make_unique<Driver>();

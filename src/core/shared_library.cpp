@@ -9,7 +9,8 @@ SharedLibrary SharedLibrary::open(const std::string& name, std::string* error) {
   library.handle_ = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!library.handle_ && error) {
     const char* reason = dlerror();
-    *error = reason ? reason : "cannot open " + name;
+    *error = reason ? reason : "cannot open";
+    if (error->starts_with(name + ": ")) error->erase(0, name.size() + 2);
   }
   return library;
 }

@@ -9,7 +9,7 @@ namespace anyflash {
 /// A shared library that stays open for the life of the process.
 class SharedLibrary {
 public:
-  /// Opens by file name or by full path; `error` says why when it cannot.
+  /// Opens by file name or by full path; `error` says why it cannot, without the name.
   static SharedLibrary open(const std::string& name, std::string* error = nullptr);
 
   explicit operator bool() const { return handle_ != nullptr; }

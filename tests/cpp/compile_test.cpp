@@ -119,7 +119,8 @@ TEST(Nvrtc, AWrongPathIsReportedWithItsReason) {
   const CompilerSearch search = search_compiler(0);
   EXPECT_EQ(search.compiler, nullptr);
   ASSERT_EQ(search.rejected.size(), 1u);
-  EXPECT_NE(search.rejected[0].reason.find("/nowhere"), std::string::npos);
+  EXPECT_EQ(search.rejected[0].path, "/nowhere/libnvrtc.so.12");
+  EXPECT_NE(search.rejected[0].reason.find("No such file"), std::string::npos);
 }
 
 TEST(Nvrtc, ADriverOfAnOlderMajorRejectsIt) {

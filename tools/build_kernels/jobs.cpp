@@ -97,6 +97,10 @@ std::string why_it_died(const Job& job, int status, const JobFiles& files) {
   return text + " ended with status " + std::to_string(WEXITSTATUS(status));
 }
 
+double seconds_of(const timeval& time) {
+  return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_usec) / 1e6;
+}
+
 Result collect(const Job& job, int status, const rusage& usage, const JobFiles& files) {
   Result result;
   if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) {
@@ -108,6 +112,8 @@ Result collect(const Job& job, int status, const rusage& usage, const JobFiles& 
                     std::string(image.hash),
                     {std::string(image.bytes), image.resources},
                     static_cast<double>(usage.ru_maxrss) / 1024};
+    // Processor time, which other programs on the machine do not change.
+    result.entry.image.resources.seconds = seconds_of(usage.ru_utime) + seconds_of(usage.ru_stime);
     std::istringstream lines(text_of(files.warnings));
     for (std::string line; std::getline(lines, line);)
       result.entry.image.resources.warnings.push_back(line);
