@@ -1,17 +1,17 @@
 /**
  * anyflash: exact attention, tile by tile, on any CPU and NVIDIA GPU. The C interface.
  *
- *   S = scale Q K^T;  S = softcap tanh(S / softcap);  S -= slope |i + seqlen_k - seqlen_q - j|;
- * mask; P = softmax(S);   O = P V;   L = log(sum(exp(S)))   (natural log; -inf for a row that sees
- * no key, where O = 0)
+ *   - S = scale Q K^T;  S = softcap tanh(S / softcap);  S -= slope |i + seqlen_k - seqlen_q - j|
+ *   - mask;  P = softmax(S);  O = P V
+ *   - L = log(sum(exp(S))), natural log; a row that sees no key has O = 0, L = -inf
  *
  * Conventions
  *   - Sizes and strides are int64, strides count elements. Stride 0 is allowed on inputs.
  *   - Every struct starts with struct_size = sizeof(the struct): older callers keep working.
  *   - The caller allocates outputs and workspace. A launch allocates, copies and synchronises
- * nothing.
+ *     nothing.
  *   - Every function returns a status; the message of the last failure on this thread is
- * anyflash_last_error().
+ *     anyflash_last_error().
  *   - All functions may be called from any thread at any time.
  */
 #ifndef ANYFLASH_ANYFLASH_H
@@ -71,10 +71,12 @@ typedef struct anyflash_tensor {
  * What the caller wants. N is seqlen_q, M is seqlen_k, H the query heads, Hk the key heads (H a
  * multiple of Hk).
  *
- * dense:  q [B, N, H, d], k [B, M, Hk, d], v [B, M, Hk, dv], o [B, N, H, dv], lse [B, H, N] or
- * absent packed: q [total_q, H, d], k [total_k, Hk, d], v [total_k, Hk, dv], o [total_q, H, dv],
- * lse [H, total_q] or absent; cu_seqlens_q, cu_seqlens_k [B + 1] present. Rows past seqused get O =
- * 0, L = -inf; tokens past cu_seqlens[B] are not touched.
+ *   - dense: q [B, N, H, d], k [B, M, Hk, d], v [B, M, Hk, dv], o [B, N, H, dv], lse [B, H, N]
+ *   - packed: q [total_q, H, d], k [total_k, Hk, d], v [total_k, Hk, dv], o [total_q, H, dv],
+ *     lse [H, total_q]; cu_seqlens_q and cu_seqlens_k [B + 1] present
+ *
+ * lse may be absent: not wanted. o may be absent where only planning is asked for. Rows past
+ * seqused get O = 0, L = -inf; tokens past cu_seqlens[B] are not touched.
  */
 typedef struct anyflash_problem {
   uint32_t struct_size;
@@ -173,10 +175,12 @@ ANYFLASH_API anyflash_status anyflash_reference(const anyflash_problem* problem)
 
 /**
  * Texts. Each writes at most capacity bytes including the final 0 into text, and the needed
- * capacity into *needed; call with capacity 0 to ask for the size. explain:     the plan in words:
- * row, grid, shared memory, flops, bytes, the machine's floor rows:        the table of kernels as
- * JSON environment: driver, GPUs, CPU features, compiler, caches and archives as JSON; fails for
- * nothing missing
+ * capacity into *needed; call with capacity 0 to ask for the size.
+ *
+ *   - explain: the plan in words: row, grid, shared memory, flops, bytes, the machine's floor
+ *   - rows: the table of kernels as JSON
+ *   - environment: driver, GPUs, CPU features, compiler, caches and archives as JSON; fails for
+ *     nothing missing
  */
 ANYFLASH_API anyflash_status anyflash_explain(const anyflash_problem* problem,
                                               const anyflash_device* device, char* text,

@@ -83,6 +83,17 @@ class Plan(ctypes.Structure):
     def __init__(self) -> None:
         super().__init__(ctypes.sizeof(Plan))
 
+    def __repr__(self) -> str:
+        launches = [
+            f"row {launch.row} grid {tuple(launch.grid)} x {launch.threads} threads, "
+            f"{launch.shared_bytes} B shared"
+            for launch in self.launches[: self.launch_count]
+        ]
+        return (
+            f"Plan(Br={self.Br}, Bc={self.Bc}, splits={self.splits}, launches={launches}, "
+            f"workspace_bytes={self.workspace_bytes})"
+        )
+
 
 def pack_tensor(
     data: int,

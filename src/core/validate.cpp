@@ -335,7 +335,7 @@ bool rows_on_16_bytes(const anyflash_tensor& tensor) {
   bool aligned = reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0;
   aligned &= tensor.shape[last] * bytes % 16 == 0;
   for (int dim = 0; dim < last; ++dim)
-    aligned &= tensor.shape[dim] <= 1 || tensor.strides[dim] * bytes % 16 == 0;
+    aligned &= tensor.shape[dim] <= 1 || tensor.strides[dim] % 16 * bytes % 16 == 0;
   return aligned;
 }
 

@@ -6,6 +6,7 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <random>
 #include <vector>
 
 #include "core/error.h"
@@ -308,6 +309,70 @@ TEST(Validate, RefusesPackedMistakes) {
   EXPECT_NO_THROW(check({0, 5, 12}, {0, 2, 9}, [&](anyflash_problem& p) {
     p.seqused_q = tensor({2}, ANYFLASH_INT32, ANYFLASH_CPU, used.data());
   }));
+}
+
+/// Numbers of every size in every field: a refusal or a normal form, without undefined behaviour
+/// (which the sanitizers would show).
+TEST(Validate, SurvivesAnyNumbers) {
+  std::mt19937_64 random(11);
+  const auto pick = [&](auto... choices) {
+    const std::array all = {static_cast<int64_t>(choices)...};
+    return all[random() % all.size()];
+  };
+  const auto number = [&] {
+    return pick(0, 1, 2, 3, 8, 64, 256, 257, -1, INT64_MAX, INT64_MIN, int64_t{1} << 30,
+                int64_t{1} << 31, int64_t{1} << 62);
+  };
+  int valid = 0;
+  for (int trial = 0; trial < 20000; ++trial) {
+    anyflash_problem p =
+        trial % 2 ? dense({2, 8, 9, 4, 2}) : packed({2, 7, 7, 4, 2}, 12, 9, nullptr, nullptr);
+    p.lse = tensor({2, 4, 8}, ANYFLASH_FLOAT32);
+    anyflash_tensor* tensors[] = {&p.q,         &p.k,           &p.v, &p.o, &p.lse, &p.alibi_slopes,
+                                  &p.seqused_q, &p.cu_seqlens_k};
+    for (int change = 0; change < 3; ++change) {
+      anyflash_tensor& t = *tensors[random() % 8];
+      const int dim = static_cast<int>(random() % 4);
+      switch (random() % 8) {
+      case 0:
+        t.shape[dim] = number();
+        break;
+      case 1:
+        t.strides[dim] = number();
+        break;
+      case 2:
+        t.ndim = static_cast<int32_t>(pick(0, 1, 2, 3, 4, 5, -1, INT32_MAX));
+        break;
+      case 3:
+        t.dtype = static_cast<int32_t>(pick(0, 1, 2, 3, 4, 5, 6, -1));
+        break;
+      case 4:
+        t.data = reinterpret_cast<void*>(static_cast<uintptr_t>(pick(0, 1 << 20, -1)));
+        break;
+      case 5:
+        p.window_left = number();
+        break;
+      case 6:
+        p.max_seqlen_k = number();
+        break;
+      case 7:
+        p.lse = {};
+        break;
+      }
+      // On the CPU lengths would be read.
+      if (t.data)
+        for (anyflash_tensor* each : {&p.q, &p.k, &p.v, &p.o, &p.lse, &p.alibi_slopes,
+                                      &p.cu_seqlens_q, &p.cu_seqlens_k, &p.seqused_q, &p.seqused_k})
+          each->device_type = ANYFLASH_CUDA;
+    }
+    try {
+      validate(p);
+      ++valid;
+    } catch (const Error&) {
+    }
+  }
+  EXPECT_GT(valid, 100);
+  EXPECT_LT(valid, 19000);
 }
 
 TEST(Validate, DoesNotReadValuesOnTheGpu) {

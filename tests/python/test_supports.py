@@ -188,6 +188,7 @@ def test_support_prints_and_compares():
     answer = anyflash.supports(X, X, X, dtype="float16", device="cpu")
     assert bool(answer) is True
     assert answer.supported is True
+    assert "splits=1, launches=['row -1 grid" in repr(answer)
     refusal = anyflash.supports(X, X, X, dtype="float32", device="sm_90")
     assert "float32 on a GPU" in repr(refusal)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
+import types
 
 import anyflash
 import numpy as np
 import pytest
-from anyflash import _backend, _library
+from anyflash import _backend, _library, _tensors
 from foreign_tensors import BFLOAT, Foreign, bfloat16_bits
 
 RANDOM = np.random.default_rng(3)
@@ -241,6 +242,63 @@ def test_jax_refusals(binding):
         jax.jit(anyflash.attention)(q, k, v)
     with pytest.raises(TypeError, match=r"^out is a JAX array, which is immutable; leave out away"):
         anyflash.attention(q, k, v, out=jax.numpy.zeros(O.shape))
+
+
+# CuPy, as far as it can be tried without a GPU
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    """A module that has what the adapter uses of CuPy; its memory is NumPy's."""
+    module = types.ModuleType("cupy")
+    current = types.SimpleNamespace(id=3, entered=[])
+
+    class Device:
+        def __init__(self, index):
+            self.id = index
+
+        def __enter__(self):
+            current.entered.append(self.id)
+
+        def __exit__(self, *error):
+            pass
+
+    class ndarray:
+        __module__ = "cupy"
+
+        def __init__(self, array):
+            self.array = array
+            self.shape, self.strides = array.shape, array.strides
+            self.dtype, self.itemsize = array.dtype, array.itemsize
+            self.data = types.SimpleNamespace(ptr=array.ctypes.data)
+            self.device = Device(1)
+
+    module.ndarray, module.float32 = ndarray, np.float32
+    module.empty = lambda shape, dtype: ndarray(np.empty(shape, dtype))
+    stream = types.SimpleNamespace(ptr=4242)
+    module.cuda = types.SimpleNamespace(Device=Device, get_current_stream=lambda: stream)
+    module.entered = current.entered
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    return module
+
+
+def test_cupy(cupy):
+    q = cupy.ndarray(Q.astype(np.float16))
+    k, v = (cupy.ndarray(x.astype(np.float16)[:, ::2]) for x in (K, V))
+    adapter = _tensors.adapter_of(q, "q")
+    described = adapter.describe(k, "k")
+    assert described.device == (2, 1)
+    assert described.data == k.data.ptr
+    assert described.strides == (19 * 64, 128, 32, 1)
+    assert adapter.stream((2, 1)) == 4242
+    out = adapter.empty(q, (2, 3), _library.FLOAT32)
+    assert type(out) is cupy.ndarray
+    assert out.dtype == np.float32
+    assert cupy.entered == [1, 1]  # the stream and the memory of q's device
+    answer = anyflash.supports(q, k, v, device="sm_90")
+    assert answer, answer.reason
+    with pytest.raises(TypeError, match=r"^q is on cuda:1 but k is on cpu; all tensors must be"):
+        anyflash.attention(q, K.astype(np.float16), V.astype(np.float16))
 
 
 # The fast way is really taken
