@@ -12,6 +12,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="the device tests need torch")
 
 DEVICE = os.environ.get("ANYFLASH_TEST_DEVICE", "cuda")
+if DEVICE == "cpu":
+    torch.set_num_threads(1)  # the oracle's tensors are small
 
 
 def pytest_collection_modifyitems(items):
