@@ -163,6 +163,17 @@ def test_contestants_take_turns():
     assert timed[:4] == [OURS, STANDARD] * 2 and len(timed) <= 2 * bench.MOST_ROUNDS
 
 
+def test_it_stops_when_the_time_is_over(monkeypatch):
+    """Short sequences first; what was measured comes in the order that was asked for."""
+    cells = [Cell(64, 2, n, 1, causal, "float32") for causal in (False, True) for n in (256, 128)]
+    backend = Fake()
+    monkeypatch.setattr(bench.time, "monotonic", lambda: 5.0 * len(backend.order))
+    everything = bench.measure_all(backend, cells, 1e9)
+    assert [result.cell for result in everything] == cells
+    some = bench.measure_all(backend, cells, 10.0)
+    assert [result.cell for result in some] == [cells[1]]
+
+
 def test_out_of_memory_is_a_result():
     backend = Fake(full=(STANDARD,))
     result = bench.measure(backend, CELL, 0.1)

@@ -26,6 +26,7 @@ from anyflash.cli.bench_backends import (
 from anyflash.cli.console import Progress, UserError, megabytes, table
 
 MOST_ROUNDS = 50
+STARTING_SECONDS = 5.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds",
         type=float,
         default=25.0,
-        help="time spent on measuring, more or less (default 25)",
+        help="time to measure for; no size is begun after twice of it (default 25)",
     )
     parser.add_argument("--json", metavar="FILE", help="write the results to this file")
     parser.add_argument(
@@ -114,14 +115,13 @@ def run(arguments: argparse.Namespace) -> int:
         f"{hardware}; {', '.join(f'{k} {v}' for k, v in versions(backend).items())}; "
         f"{cells[0].dtype}"
     )
-    results = []
-    with Progress("benchmark", len(cells)) as progress:
-        for cell in cells:
-            mask = "causal" if cell.causal else "full"
-            progress.note(f"d {cell.d} {mask} {cell.seqlen} tokens x {cell.batch}")
-            results.append(measure(backend, cell, arguments.seconds / len(cells)))
-            progress.step()
+    results = measure_all(backend, cells, arguments.seconds)
     print(show(results, backend))
+    if len(results) < len(cells):
+        print(
+            f"{len(cells) - len(results)} of {len(cells)} sizes were left out: this machine is too "
+            f"slow for them (or too busy) within --seconds {arguments.seconds:g}"
+        )
     report = to_json(results, backend, hardware)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -156,11 +156,28 @@ def grid(arguments: argparse.Namespace, backend: Backend) -> list[Cell]:
     return cells
 
 
+def measure_all(backend: Backend, cells: list[Cell], seconds: float) -> list[Result]:
+    """Measures the cells, the short sequences first. Each takes its first calls, however long they
+    are: no further cell is begun after twice the time asked for (and time to start)."""
+    results: dict[Cell, Result] = {}
+    end = time.monotonic() + 2 * seconds + STARTING_SECONDS
+    with Progress("benchmark", len(cells)) as progress:
+        for cell in sorted(cells, key=lambda cell: cell.seqlen):
+            if results and time.monotonic() > end:
+                break
+            mask = "causal" if cell.causal else "full"
+            progress.note(f"d {cell.d} {mask} {cell.seqlen} tokens x {cell.batch}")
+            results[cell] = measure(backend, cell, seconds / len(cells))
+            progress.step()
+    return [results[cell] for cell in cells if cell in results]
+
+
 def measure(backend: Backend, cell: Cell, seconds: float) -> Result:
     """Runs the contestants in turn until `seconds` are used, each at least once after a first
     call that is not timed but tells the memory it takes and what it computes."""
     result = Result(cell)
     calls = backend.calls(cell)
+    share = seconds / len(calls)
     rounds = {}
     ours = None
     for name, call in calls.items():
@@ -173,13 +190,15 @@ def measure(backend: Backend, cell: Cell, seconds: float) -> Result:
             elif ours is not None:
                 result.difference[name] = backend.difference(name, ours, output)
             del output
-            start = time.perf_counter()
-            backend.seconds(call)
+            once = time.perf_counter() - start
+            if once < share:  # else there is time for one more call alone
+                start = time.perf_counter()
+                backend.seconds(call)
+                once = time.perf_counter() - start
         except OutOfMemory as error:
             result.out_of_memory[name] = str(error)
             continue
-        once = max(time.perf_counter() - start, 1e-6)
-        rounds[name] = max(1, min(MOST_ROUNDS, int(seconds / len(calls) / once)))
+        rounds[name] = max(1, min(MOST_ROUNDS, int(share / max(once, 1e-6))))
     del ours
     times: dict[str, list[float]] = {name: [] for name in rounds}
     for turn in range(max(rounds.values(), default=0)):

@@ -4,6 +4,7 @@ where it is."""
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,9 +74,8 @@ def split(source: str, text: str) -> list[Passage]:
     def close() -> None:
         nonlocal words, parts
         if words:
-            passages.append(
-                Passage(source, start, "\n".join([heading, *parts] if heading else parts))
-            )
+            lines = [heading, *parts] if heading else parts
+            passages.append(Passage(source, start, "\n".join(map(_plain, lines))))
         words, parts = 0, []
 
     for line, paragraph in _paragraphs(text):
@@ -91,6 +91,14 @@ def split(source: str, text: str) -> list[Passage]:
             close()
     close()
     return passages
+
+
+def _plain(text: str) -> str:
+    """Without the signs of tables, code and emphasis, which mean nothing to an encoder."""
+    lines = (
+        " ".join(re.sub(r"[|`*]+|-{3,}|={3,}", " ", line).split()) for line in text.splitlines()
+    )
+    return "\n".join(line for line in lines if line)
 
 
 def _paragraphs(text: str) -> Iterator[tuple[int, str]]:
