@@ -298,7 +298,7 @@ def test_a_process_that_dies_is_told(folder, capfd):
     "words, code, says",
     [
         (["--model", "/nowhere"], 2, "/nowhere: no such folder"),
-        (["/nowhere.md"], 2, "no such file: /nowhere.md"),
+        (["/nowhere.md", "--model", "."], 2, "no such file: /nowhere.md"),
         (["--top", "0"], 2, "--top 0"),
         (["--long", "5"], 2, "--long 5"),
         (["--query", " "], 2, "--query is empty"),
