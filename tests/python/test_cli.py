@@ -252,6 +252,22 @@ def test_without_numpy_the_self_test_says_so(monkeypatch):
     assert check.status == "note" and check.remedy == "`pip install numpy`"
 
 
+@pytest.mark.parametrize("command", [["bench", "--seqlens", "16"], ["demo"]])
+def test_what_cannot_run_is_told_at_once(typed, command, monkeypatch):
+    broken = {"cpu": {"isa": None, "error": 'ANYFLASH_CPU asks for "foo"'}}
+    monkeypatch.setattr(facts, "environment", lambda: broken)
+    monkeypatch.setattr("anyflash.cli.demo._check", lambda arguments: None)
+    code, out, err = typed(*command)
+    assert (code, out) == (1, "") and 'ANYFLASH_CPU asks for "foo"' in err and "doctor" in err
+
+
+def test_a_busy_machine(monkeypatch):
+    monkeypatch.setattr(facts.os, "getloadavg", lambda: (0.1, 9, 9))
+    assert facts.busy() == ""
+    monkeypatch.setattr(facts.os, "getloadavg", lambda: (500.0, 9, 9))
+    assert "busy (load 500.0" in facts.busy()
+
+
 # The self-test itself: it must be able to fail.
 
 WRONG = {

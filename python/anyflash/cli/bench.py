@@ -24,6 +24,7 @@ from anyflash.cli.bench_backends import (
     versions,
 )
 from anyflash.cli.console import Progress, UserError, megabytes, table
+from anyflash.cli.facts import busy, require_library
 
 MOST_ROUNDS = 50
 STARTING_SECONDS = 5.0
@@ -108,6 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise UserError(
                 f"cannot write {path}: there is no folder {Path(path).resolve().parent}"
             )
+    require_library()
     backend = choose(arguments.device, arguments.dtype)
     cells = grid(arguments, backend)
     hardware = backend.hardware()
@@ -115,8 +117,11 @@ def run(arguments: argparse.Namespace) -> int:
         f"{hardware}; {', '.join(f'{k} {v}' for k, v in versions(backend).items())}; "
         f"{cells[0].dtype}"
     )
+    remark = busy()
     results = measure_all(backend, cells, arguments.seconds)
     print(show(results, backend))
+    if remark:
+        print(remark)
     if len(results) < len(cells):
         print(
             f"{len(cells) - len(results)} of {len(cells)} sizes were left out: this machine is too "

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anyflash.cli.console import Progress, UserError, megabytes, table
+from anyflash.cli.facts import busy, require_library
 from anyflash.cli.passages import Passage, own_documents, read_files
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
+    require_library()
+    remark = busy()
     folder = find_model(arguments.model)
     passages = read_files(arguments.files) if arguments.files else own_documents()
     if not passages:
@@ -99,6 +102,8 @@ def run(arguments: argparse.Namespace) -> int:
     agreement = compare(index, standard_index)
     _show_agreement(ours, standard, agreement)
     long = _long_document(arguments, bert, folder, sequences) if arguments.long else []
+    if remark:
+        print(f"\n{remark}")
     if arguments.json:
         report = {
             "model": str(folder),

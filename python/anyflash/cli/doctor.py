@@ -131,7 +131,7 @@ def check_gpus(facts: dict[str, Any]) -> list[Check]:
         remedy = "install NVIDIA's driver, 525 or later; in a container start it with `--gpus all`"
         return [Check("GPU", FAIL, text, remedy)]
     reason = driver.get("error") or "the driver shows none"
-    return [Check("GPU", NOTE, f"none, so that attention runs on the CPU ({reason})")]
+    return [Check("GPU", NOTE, f"none: attention runs on the CPU\n{reason}")]
 
 
 def check_gpu(gpu: dict[str, Any], driver: int) -> Check:

@@ -9,6 +9,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from anyflash.cli.console import UserError
+
 
 @functools.lru_cache(maxsize=1)
 def environment() -> dict[str, Any]:
@@ -20,6 +22,25 @@ def environment() -> dict[str, Any]:
         return dict(json.loads(_library.environment_json()))
     except Exception as error:  # a report about this machine has to go on, whatever it is
         return {"error": f"{type(error).__name__}: {error}"}
+
+
+def require_library() -> None:
+    """Raises UserError where attention cannot run at all, before anything else is done."""
+    broken = environment().get("error") or (environment().get("cpu") or {}).get("error")
+    if broken:
+        text = f"{broken}; `python -m anyflash doctor` says what can be done"
+        raise UserError(text, exit_code=1)
+
+
+def busy() -> str:
+    """A remark when others use this machine's CPUs, so that times say little; else empty."""
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return ""
+    if load < 0.5 * cpu_count():
+        return ""
+    return f"This machine is busy (load {load:.1f} on {cpu_count()} CPUs): times are not its best."
 
 
 def gpus() -> list[dict[str, Any]]:

@@ -21,6 +21,10 @@ ToDevice = Callable[
 ]  # (float32 array, dtype) -> tensor of that dtype on the device
 ToHost = Callable[[Any], Array]  # tensor -> float32 array
 
+# In float32 the standard computation differs from ours only in the order of its sums, and a good
+# matrix product has a very good order: eight roundings of a value of 1 on top.
+FLOAT32_FLOOR = 8 * 2.0**-23
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -77,9 +81,8 @@ def _solve(problem: Problem, dtype: str, to_device: ToDevice, to_host: ToHost) -
         device_slopes = {} if slopes is None else {"alibi_slopes": to_device(slopes, "float32")}
         qd, kd, vd = (to_device(x, dtype) for x in (q, k, v))
         o = to_host(anyflash.attention(qd, kd, vd, **options, **device_slopes)).astype(np.float64)
-        expected = np.asarray(
-            anyflash.reference(q, k, v, **options, **reference_slopes), np.float64
-        )
+        q64, k64, v64 = (x.astype(np.float64) for x in (q, k, v))
+        expected = anyflash.reference(q64, k64, v64, **options, **reference_slopes)
     except Exception as error:  # a self-test reports whatever happens
         outcome.error = f"{type(error).__name__}: {error}"
         return outcome
@@ -90,6 +93,8 @@ def _solve(problem: Problem, dtype: str, to_device: ToDevice, to_host: ToHost) -
     rounding = np.abs(rounded((expected + 0.3).astype(np.float32), dtype) - 0.3 - expected).max()
     factor = 3 if options.get("softcap") else 2
     allowed = factor * np.abs(standard - expected).max() + 2 * rounding
+    if dtype == "float32":
+        allowed += FLOAT32_FLOOR
     outcome.share = float(np.abs(o - expected).max() / allowed)
     return outcome
 
