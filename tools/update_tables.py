@@ -1,10 +1,11 @@
-"""Writes the measured tables into README.md from what the benchmarks recorded; --check says whether
-they are current.
+"""Writes the measured tables into README.md and the docs from what the benchmarks recorded; --check
+says whether they are current.
 
 usage: python tools/update_tables.py [--check]
 
 A table stands between <!-- table:NAME --> and <!-- /table:NAME -->:
-  gpu, options  from tests/device/record.json, which tools/gpu_check.py writes
+  gpu, options  from tests/device/record.json, which tools/gpu_check.py writes: native images
+  gpu-images, options-images   the same of the other images
   cpu           from bench/cpu_forward.json, which bench/cpu_forward.py writes
 Without its file a table says that nothing was measured yet.
 """
@@ -15,6 +16,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,18 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORD = Path("tests/device/record.json")
 CPU = Path("bench/cpu_forward.json")
 NOT_YET = "Not measured yet."
-IMAGES = {"compute_80 PTX": "PTX of compute_80, compiled by the driver"}
+IMAGES = {
+    "compute_80 PTX": "PTX of compute_80, compiled by the driver",
+    "rows of sm_86": "the rows for 8.6, compiled for this GPU",
+}
 
 Cell = dict[str, Any]
 
 
-def gpu_table(root: Path) -> str:
+def gpu_table(root: Path, native: bool = True) -> str:
     """Speed over the grid, by image: ours, and how many times that of FlashAttention-2."""
     parts = []
-    for section in sections(root):
+    for section in sections(root, native):
         cells = [
             cell for cell in section.get("bench", []) if is_plain(cell) and "fa2" in cell["peers"]
         ]
@@ -47,10 +52,10 @@ def gpu_table(root: Path) -> str:
     return "\n\n".join(parts) or NOT_YET
 
 
-def option_table(root: Path) -> str:
+def option_table(root: Path, native: bool = True) -> str:
     """What each option costs over the same work without it."""
     parts = []
-    for section in sections(root):
+    for section in sections(root, native):
         cells = [cell for cell in section.get("bench", []) if "plain" in cell.get("peers", {})]
         if not cells:
             continue
@@ -90,18 +95,20 @@ def cpu_table(root: Path) -> str:
     )
 
 
-TABLES: dict[str, Callable[[Path], str]] = {
-    "gpu": gpu_table,
-    "options": option_table,
-    "cpu": cpu_table,
+Tables = dict[str, Callable[[Path], str]]
+TABLES: Tables = {"gpu": gpu_table, "options": option_table, "cpu": cpu_table}
+IMAGE_TABLES: Tables = {
+    "gpu-images": partial(gpu_table, native=False),
+    "options-images": partial(option_table, native=False),
 }
+PAGES: dict[str, Tables] = {"README.md": TABLES, "docs/kernels/sm80_forward.md": IMAGE_TABLES}
 
 
-def sections(root: Path) -> list[dict[str, Any]]:
-    """The record's sections of the forward."""
+def sections(root: Path, native: bool) -> list[dict[str, Any]]:
+    """The record's sections of the forward: those of native images, or the others."""
     path = root / RECORD
     found = json.loads(path.read_text())["sections"] if path.is_file() else []
-    return [section for section in found if section["op"] == "fwd"]
+    return [s for s in found if s["op"] == "fwd" and s["image"].startswith("sm_") == native]
 
 
 def is_plain(cell: Cell) -> bool:
@@ -147,27 +154,29 @@ def geometric_mean(ratios: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
-def updated(text: str, root: Path) -> str:
+def updated(text: str, root: Path, tables: Tables = TABLES) -> str:
     """The text with each table between its markers as the files have it now."""
-    for name, make in TABLES.items():
+    for name, make in tables.items():
         start, end = f"<!-- table:{name} -->\n", f"<!-- /table:{name} -->"
         if text.count(start) != 1 or text.count(end) != 1:
-            raise SystemExit(f"README.md has not one place for the table {name}")
+            raise SystemExit(f"the page has not one place for the table {name}")
         before, rest = text.split(start)
         text = f"{before}{start}{make(root)}\n{end}{rest.split(end)[1]}"
     return text
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    current = readme.read_text(encoding="utf-8")
-    text = updated(current, ROOT)
-    if "--check" in sys.argv[1:]:
-        if current != text:
-            print("README.md has not the measured tables: run tools/update_tables.py")
-        return int(current != text)
-    readme.write_text(text, encoding="utf-8")
-    return 0
+    status = 0
+    for name, tables in PAGES.items():
+        page = ROOT / name
+        current = page.read_text(encoding="utf-8")
+        text = updated(current, ROOT, tables)
+        if "--check" not in sys.argv[1:]:
+            page.write_text(text, encoding="utf-8")
+        elif current != text:
+            print(f"{name} has not the measured tables: run tools/update_tables.py")
+            status = 1
+    return status
 
 
 if __name__ == "__main__":

@@ -87,6 +87,12 @@ def test_other_operations_have_no_table(root):
     assert update_tables.gpu_table(root) == update_tables.NOT_YET
 
 
+def test_native_images_apart_from_the_others(root):
+    record(root, CELL, image="compute_80 PTX")
+    assert update_tables.gpu_table(root) == update_tables.NOT_YET
+    assert "compiled by the driver" in update_tables.gpu_table(root, native=False)
+
+
 def test_cpu_grid(root):
     cell = {
         "dtype": "float32",
