@@ -158,7 +158,7 @@ private:
 std::atomic<Pool*> current{nullptr};
 Pool* abandoned = nullptr; // pools of the processes that this one was forked from
 
-void leave_pool_to_parent() {
+[[maybe_unused]] void leave_pool_to_parent() {
   Pool* pool = current.exchange(nullptr);
   if (!pool) return;
   pool->before_fork = abandoned;
@@ -168,25 +168,22 @@ void leave_pool_to_parent() {
 Pool& pool() {
   Pool* found = current.load(std::memory_order_acquire);
   if (found) return *found;
-#if !defined(_WIN32)
-  static const int registered = pthread_atfork(nullptr, nullptr, leave_pool_to_parent);
-  static_cast<void>(registered);
-#endif
   auto fresh = std::make_unique<Pool>();
   if (current.compare_exchange_strong(found, fresh.get(), std::memory_order_acq_rel))
     return *fresh.release();
   return *found;
 }
 
-/// Joins the workers when the process ends or the library is unloaded. The pool itself stays: a
-/// thread that outlives this may still be in it.
-struct AtExit {
-  ~AtExit() {
-#if !defined(_WIN32) // there, the system has ended the threads before it comes here
+#if !defined(_WIN32) // there, nothing forks, and the system has ended the threads before it unloads
+/// From the library's loading to the end of the process or of the library.
+struct Lifetime {
+  Lifetime() { pthread_atfork(nullptr, nullptr, leave_pool_to_parent); }
+  /// Joins the workers. The pool itself stays: a thread that outlives this may still be in it.
+  ~Lifetime() {
     if (Pool* pool = current.load()) pool->stop();
-#endif
   }
-} at_exit;
+} lifetime;
+#endif
 
 int processors() {
 #if defined(__linux__)
