@@ -134,7 +134,8 @@ TEST(Forward, ConcurrentCallersAgree) {
   EXPECT_EQ(wrong, 0);
 }
 
-#if !defined(_WIN32) && !defined(__SANITIZE_THREAD__) // TSan does not follow threads over a fork
+// TSan and qemu-user do not follow threads over a fork.
+#if !defined(_WIN32) && !defined(__SANITIZE_THREAD__) && !defined(ANYFLASH_EMULATED)
 TEST(Forward, SurvivesFork) {
   const ScopedEnv threads("ANYFLASH_NUM_THREADS", "3");
   const std::vector<unsigned char> parent = run_forward(); // the pool has threads now
