@@ -65,7 +65,7 @@ class Bert:
         if self.pooling == "cls":
             pooled = x[cu_seqlens[:-1]]
         else:
-            pooled = np.add.reduceat(x, cu_seqlens[:-1], axis=0) / lengths[:, None]
+            pooled = np.add.reduceat(x, cu_seqlens[:-1], axis=0) / np.float32(lengths)[:, None]
         return pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
 
     def _embed(self, tokens: Array, lengths: Array) -> Array:

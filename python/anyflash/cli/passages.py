@@ -12,7 +12,7 @@ from pathlib import Path
 from anyflash.cli.console import UserError
 from anyflash.cli.facts import package_folder
 
-WORDS = 90  # a passage is closed once it holds as many
+WORDS = 30  # a passage is closed once it holds as many
 
 
 @dataclass(frozen=True)
