@@ -75,7 +75,11 @@ struct CompilerSearch {
 /// (nvidia/cuda_nvrtc/lib, nvidia/cu13/lib), the toolkit (CUDA_HOME, CUDA_PATH, /usr/local/cuda),
 /// the system path. driver: the CUDA version of the driver that must load the result (12040), 0 if
 /// it does not matter: a driver loads no machine code of a compiler of a later major version.
-CompilerSearch search_compiler(int driver);
+/// capability: the GPU that it must compile for (90), 0 if it does not matter.
+CompilerSearch search_compiler(int driver, int capability = 0);
+
+/// "12.9" of 12090, the way CUDA writes its versions and those of drivers.
+std::string version_text(int version);
 
 /// The compiler of search_compiler.
 std::shared_ptr<const Compiler> find_compiler(int driver);

@@ -62,8 +62,16 @@ std::vector<std::string> candidates() {
   return all;
 }
 
-std::string version_text(int version) {
-  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+/// Why a compiler does not serve; empty: it does.
+std::string why_not(const Compiler& compiler, int driver, int capability) {
+  if (driver != 0 && compiler.version() / 1000 > driver / 1000)
+    return "its machine code (CUDA " + version_text(compiler.version()) +
+           ") needs a newer driver than this one (" + version_text(driver) + ")";
+  const std::vector<int>& known = compiler.capabilities();
+  if (capability != 0 && std::find(known.begin(), known.end(), capability) == known.end())
+    return "NVRTC " + version_text(compiler.version()) + " does not compile for sm_" +
+           std::to_string(capability);
+  return "";
 }
 
 } // namespace
@@ -73,20 +81,21 @@ void add_compiler_path(const std::string& site_packages) {
   append(site_packages_folders, {site_packages});
 }
 
-CompilerSearch search_compiler(int driver) {
+std::string version_text(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+CompilerSearch search_compiler(int driver, int capability) {
   CompilerSearch search;
   for (const std::string& path : candidates()) {
     try {
       std::shared_ptr<const Compiler> compiler = open_nvrtc(path);
-      if (driver != 0 && compiler->version() / 1000 > driver / 1000) {
-        search.rejected.push_back({compiler->path(), "its machine code (CUDA " +
-                                                         version_text(compiler->version()) +
-                                                         ") needs a newer driver than this one (" +
-                                                         version_text(driver) + ")"});
-        continue;
+      const std::string reason = why_not(*compiler, driver, capability);
+      if (reason.empty()) {
+        search.compiler = std::move(compiler);
+        return search;
       }
-      search.compiler = std::move(compiler);
-      return search;
+      search.rejected.push_back({compiler->path(), reason});
     } catch (const RuntimeError& error) {
       search.rejected.push_back({path, error.what()});
     }

@@ -38,6 +38,11 @@ int newest_compiler(const Target& target, int driver) {
   return target.ptx ? driver : driver / 1000 * 1000 + 999;
 }
 
+std::string newer_ptx(int version, const Gpu& gpu) {
+  return "its PTX (CUDA " + version_text(version) + ") needs a newer driver than this one (" +
+         version_text(gpu.driver) + ")";
+}
+
 std::string compile_notice(const Row& row, const Target& target, const Gpu& gpu) {
   return "anyflash: compiling " + row.name() + " for " + gpu.name + " (" + target.name() +
          ", not in this package); takes seconds, kept in " +
@@ -45,7 +50,7 @@ std::string compile_notice(const Row& row, const Target& target, const Gpu& gpu)
 }
 
 std::optional<ImageChoice> from_compiler(const Row& row, const Target& target, const Gpu& gpu,
-                                         const CompilerSearch& search) {
+                                         CompilerSearch& search) {
   if (!search.compiler) {
     auto bytes =
         cache_load_any_compiler(key_of(row, target, 0), newest_compiler(target, gpu.driver));
@@ -53,18 +58,14 @@ std::optional<ImageChoice> from_compiler(const Row& row, const Target& target, c
     return ImageChoice{Origin::cache, target, std::move(*bytes), nullptr, {}};
   }
   const int version = search.compiler->version();
-  if (version > newest_compiler(target, gpu.driver)) return std::nullopt;
+  if (version > newest_compiler(target, gpu.driver)) {
+    search.rejected.push_back({search.compiler->path(), newer_ptx(version, gpu)});
+    return std::nullopt;
+  }
   if (auto bytes = cache_load(key_of(row, target, version)))
     return ImageChoice{Origin::cache, target, std::move(*bytes), nullptr, {}};
   return ImageChoice{
       Origin::compile, target, {}, search.compiler, compile_notice(row, target, gpu)};
-}
-
-bool compiles_for(const Compiler& compiler, const Target& target) {
-  const int capability = std::atoi(target.arch.c_str());
-  for (const int known : compiler.capabilities())
-    if (known == capability) return true;
-  return false;
 }
 
 std::string why_no_compiler(const CompilerSearch& search) {
@@ -76,28 +77,43 @@ std::string why_no_compiler(const CompilerSearch& search) {
 
 [[noreturn]] void refuse(const Row& row, const Target& target, const Gpu& gpu,
                          const CompilerSearch& search) {
-  std::string text = "no image of kernel " + row.name() + " for " + gpu.name +
-                     " (compute capability " + dotted(gpu.compute_capability) + ", driver " +
-                     std::to_string(gpu.driver / 1000) + "." +
-                     std::to_string(gpu.driver % 1000 / 10) + "): this package holds " +
-                     shipped_targets() + ", not " + target.name();
-  if (search.compiler)
-    text += ", and NVRTC " + std::to_string(search.compiler->version() / 1000) + "." +
-            std::to_string(search.compiler->version() % 1000 / 10) + " (" +
-            search.compiler->path() +
-            ") does not compile for it; install a newer one: pip install "
-            "-U nvidia-cuda-nvrtc";
-  else
-    text += ", and no fitting libnvrtc was found to compile it (" + why_no_compiler(search) +
-            "); remedy: pip install nvidia-cuda-nvrtc-cu12, or build anyflash with "
-            "FLASH_ATTN_CUDA_ARCHS=" +
-            target.arch;
-  throw RuntimeError(text);
+  throw RuntimeError(
+      "no image of kernel " + row.name() + " for " + gpu.name + " (compute capability " +
+      dotted(gpu.compute_capability) + ", driver " + version_text(gpu.driver) +
+      "): this package holds " + shipped_targets() + ", not " + target.name() +
+      ", and no fitting libnvrtc was found to compile it (" + why_no_compiler(search) +
+      "); remedy: pip install nvidia-cuda-nvrtc-cu12, or build anyflash with "
+      "FLASH_ATTN_CUDA_ARCHS=" +
+      target.arch);
+}
+
+CompilerSearch search_for(const Target& target, const Gpu& gpu) {
+  return search_compiler(gpu.driver, std::atoi(target.arch.c_str()));
+}
+
+/// The insurance: PTX of the oldest image, which the driver compiles for GPUs that nobody knew.
+std::optional<ImageChoice> choose_ptx(const Row& row, const Target& native, const Gpu& gpu,
+                                      CompilerSearch& native_search) {
+  const Target ptx{"80", true};
+  if (!row.in_image(ptx.arch) || gpu.compute_capability < 80) return std::nullopt;
+  const std::shared_ptr<const Archive> archive = shipped_archive(ptx);
+  if (archive && archive->compiler_version() > gpu.driver) {
+    native_search.rejected.push_back(
+        {archive->path().string(), newer_ptx(archive->compiler_version(), gpu)});
+    return std::nullopt;
+  }
+  if (auto choice = from_archive(row, ptx)) {
+    choice->notice = "anyflash: this package has no machine code for " + gpu.name + " (" +
+                     native.name() + "); the driver compiles its PTX for compute_80 instead";
+    return choice;
+  }
+  CompilerSearch search = search_for(ptx, gpu);
+  return from_compiler(row, ptx, gpu, search);
 }
 
 ImageChoice choose_forced(const Row& row, const Target& target, const Gpu& gpu) {
   if (auto choice = from_archive(row, target)) return *choice;
-  const CompilerSearch search = search_compiler(gpu.driver);
+  CompilerSearch search = search_for(target, gpu);
   if (auto choice = from_compiler(row, target, gpu, search)) return *choice;
   refuse(row, target, gpu, search);
 }
@@ -116,20 +132,9 @@ ImageChoice choose_image(const Row& row, const Gpu& gpu) {
   const Target native = native_target(row, gpu.compute_capability);
   if (auto choice = from_archive(row, native)) return *choice;
 
-  const CompilerSearch search = search_compiler(gpu.driver);
-  if (!search.compiler || compiles_for(*search.compiler, native))
-    if (auto choice = from_compiler(row, native, gpu, search)) return *choice;
-
-  const Target ptx{"80", true};
-  if (row.in_image(ptx.arch) && gpu.compute_capability >= 80) {
-    if (auto choice = from_archive(row, ptx)) {
-      choice->notice = "anyflash: this package has no machine code for " + gpu.name + " (" +
-                       native.name() + "); the driver compiles its PTX for compute_80 instead";
-      return *choice;
-    }
-    if (search.compiler)
-      if (auto choice = from_compiler(row, ptx, gpu, search)) return *choice;
-  }
+  CompilerSearch search = search_for(native, gpu);
+  if (auto choice = from_compiler(row, native, gpu, search)) return *choice;
+  if (auto choice = choose_ptx(row, native, gpu, search)) return *choice;
   refuse(row, native, gpu, search);
 }
 

@@ -123,6 +123,12 @@ TEST(Nvrtc, AWrongPathIsReportedWithItsReason) {
   EXPECT_NE(search.rejected[0].reason.find("No such file"), std::string::npos);
 }
 
+TEST(Nvrtc, AGpuThatItDoesNotKnowRejectsIt) {
+  NEED_COMPILER();
+  EXPECT_EQ(search_compiler(0, 20).compiler, nullptr);
+  EXPECT_NE(search_compiler(0, 90).compiler, nullptr);
+}
+
 TEST(Nvrtc, ADriverOfAnOlderMajorRejectsIt) {
   NEED_COMPILER();
   const CompilerSearch search = search_compiler(11080);

@@ -11,10 +11,6 @@ namespace {
 
 constexpr double process_limit_mb = 600;
 
-std::string version_text(int version) {
-  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
-}
-
 void write_kernel(JsonWriter& json, const Built& kernel) {
   const Row& row = *kernel.job.row;
   const Resources& resources = kernel.entry.image.resources;

@@ -94,8 +94,8 @@ protected:
   }
 
   static void ship(const Row& row, const Target& target, const std::string& bytes,
-                   const std::string& hash) {
-    write_archive(archive_folder() / (target.name() + ".bin"), 12090,
+                   const std::string& hash, int compiler_version = 12040) {
+    write_archive(archive_folder() / (target.name() + ".bin"), compiler_version,
                   {{row.name(), hash, {bytes, {}}, 0}});
   }
   static void ship(const Row& row, const Target& target, const std::string& bytes) {
@@ -237,6 +237,18 @@ TEST_F(LaunchTest, ThePtxIsTheInsuranceAndIsAnnouncedOnce) {
   EXPECT_EQ(launches()[0].kernel->image, ".version 8.8");
   ASSERT_EQ(notices().size(), 1u);
   EXPECT_NE(notices()[0].find("compute_80"), std::string::npos) << notices()[0];
+}
+
+TEST_F(LaunchTest, PtxOfANewerCompilerThanTheDriverIsNotTried) {
+  const Row& row = next_row();
+  ship(row, {"80", true}, ".version 8.8", row_hash(row), 12090);
+  try {
+    launch(plan_of(row, 0), problem_of(row, 0), nullptr, nullptr);
+    FAIL() << "launched";
+  } catch (const RuntimeError& error) {
+    const std::string text = error.what();
+    EXPECT_NE(text.find("its PTX (CUDA 12.9) needs a newer driver"), std::string::npos) << text;
+  }
 }
 
 TEST_F(LaunchTest, AnImageCanBeForced) {
