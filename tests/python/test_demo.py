@@ -347,6 +347,15 @@ def test_a_gpu_that_is_not_there(monkeypatch):
         attention_devices.choose("cuda")
 
 
+def test_a_gpu_without_a_library_for_its_tensors(monkeypatch):
+    monkeypatch.setattr(attention_devices, "gpus", lambda: [{"name": "NVIDIA H100"}])
+    monkeypatch.setattr(attention_devices.importlib.util, "find_spec", lambda name: None)
+    attention, name = attention_devices.choose("auto")
+    assert attention is attention_devices.on_cpu and "pip install cupy-cuda12x" in name
+    with pytest.raises(UserError, match="CuPy or torch"):
+        attention_devices.choose("cuda")
+
+
 def test_the_real_model():
     """all-MiniLM-L6-v2 finds what is meant, not what shares its words."""
     try:

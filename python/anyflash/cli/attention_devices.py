@@ -17,27 +17,24 @@ def choose(device: str) -> tuple[Attention, str]:
     """The attention function of a device ("auto", "cpu", "cuda") and its name. Raises UserError
     where there is none."""
     if device == "cpu":
-        return on_cpu, "CPU, float32"
-    if not gpus():
+        return on_cpu, "the CPU, float32"
+    here = gpus()
+    if not here:
         if device == "auto":
-            return on_cpu, "CPU, float32"
-        raise UserError(
-            "--device cuda: there is no GPU here; `python -m anyflash doctor` says why", exit_code=1
-        )
-    name = gpus()[0].get("name", "GPU")
+            return on_cpu, "the CPU, float32"
+        text = "--device cuda: there is no GPU here; `python -m anyflash doctor` says why"
+        raise UserError(text, exit_code=1)
     if importlib.util.find_spec("cupy"):
-        return on_gpu_by_cupy, f"{name}, float16 through CuPy"
+        return on_gpu_by_cupy, f"{here[0]['name']}, float16 through CuPy"
     if importlib.util.find_spec("torch"):
         import torch
 
         if torch.cuda.is_available():
-            return on_gpu_by_torch, f"{name}, float16 through torch"
+            return on_gpu_by_torch, f"{here[0]['name']}, float16 through torch"
+    needs = "the GPU needs CuPy or torch with CUDA to hold tensors: `pip install cupy-cuda12x`"
     if device == "auto":
-        return on_cpu, "CPU, float32"
-    raise UserError(
-        "--device cuda needs CuPy or torch with CUDA: `pip install cupy-cuda12x`",
-        1,
-    )
+        return on_cpu, f"the CPU, float32 ({needs})"
+    raise UserError(f"--device cuda: {needs}", exit_code=1)
 
 
 def on_cpu(q: Array, k: Array, v: Array, cu_seqlens: Array, longest: int) -> Array:

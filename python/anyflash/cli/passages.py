@@ -43,26 +43,21 @@ def read_files(paths: Iterable[str]) -> list[Passage]:
 
 
 def own_documents() -> list[Passage]:
-    """anyflash's own documents: of the checkout we are called in, else the copies in the
-    package, else its README."""
-    package = package_folder()
-    for root in (Path.cwd(), package.parent.parent, package / "share"):
-        if (root / "README.md").is_file() and _is_ours(root):
+    """anyflash's own documents: those of the checkout that we are called in or run from, else the
+    README that the installed package carries."""
+    for root in (Path.cwd(), package_folder().parent.parent):
+        if (root / "variants.def").is_file() and (root / "README.md").is_file():
             files = sorted([*root.glob("*.md"), *root.glob("docs/**/*.md")])
             return [
-                p
+                passage
                 for file in files
-                for p in split(str(file.relative_to(root)), file.read_text(encoding="utf-8"))
+                for passage in split(str(file.relative_to(root)), file.read_text(encoding="utf-8"))
             ]
     try:
         readme = importlib.metadata.metadata("anyflash").get_payload()  # type: ignore[attr-defined]
     except importlib.metadata.PackageNotFoundError:
         readme = ""
     return split("README.md", str(readme or ""))
-
-
-def _is_ours(root: Path) -> bool:
-    return (root / "variants.def").is_file() or root.name == "share"
 
 
 def split(source: str, text: str) -> list[Passage]:
