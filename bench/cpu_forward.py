@@ -180,6 +180,7 @@ def main() -> int:
         "method": METHOD,
         "cpu": processor(),
         "threads": arguments.threads,
+        "load_average": round(os.getloadavg()[1], 1),  # above `threads`: others ran beside it
         "date": date.today().isoformat(),
         "anyflash": anyflash.__version__,
         "torch": torch.__version__,
