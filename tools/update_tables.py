@@ -90,8 +90,19 @@ def cpu_table(root: Path) -> str:
     return (
         f"{report['cpu']}, {report['threads']} threads, torch {report['torch']}, {report['date']}: "
         "forward, batch 1, hidden 1024, GFLOP/s (in brackets: times the speed of torch's SDPA in "
-        f"the same run; geometric mean {report['geomean']:.2f})\n\n"
+        f"the same run; geometric mean {report['geomean']:.2f}){disturbance(report['cells'])}\n\n"
         + grid(report["cells"], lambda c: c["ours"], lambda c: c["ratio"])
+    )
+
+
+def disturbance(cells: Sequence[Cell]) -> str:
+    """A remark when other work ran on the same cores, which the best calls of a cell betray."""
+    most = max(cell.get("ours_best", cell["ours"]) / cell["ours"] for cell in cells)
+    if most < 1.5:
+        return ""
+    return (
+        f". Other work ran on these cores: the best calls were up to {most:.1f} times as fast as "
+        "these medians, and the ratios are those of neighbouring calls"
     )
 
 

@@ -116,6 +116,13 @@ def test_cpu_grid(root):
     assert lines[-1] == "| float32 | 64 | causal | 202 (1.30x) |"
 
 
+def test_a_disturbed_run_says_so():
+    quiet = {"ours": 100.0, "ours_best": 120.0}
+    assert update_tables.disturbance([quiet, {"ours": 100.0}]) == ""
+    busy = {"ours": 20.0, "ours_best": 130.0}
+    assert "up to 6.5 times" in update_tables.disturbance([quiet, busy])
+
+
 def test_a_readme_without_a_place_is_an_error(root):
     with pytest.raises(SystemExit, match="not one place for the table gpu"):
         update_tables.updated("no markers", root)
