@@ -58,10 +58,16 @@ struct Job {
   bool open() const { return wanted > 0 && next.load(std::memory_order_relaxed) < count; }
 };
 
-/// Scratch of the callers, one for each that runs at the same time. Workers have their own.
+/// Scratch of the callers, one for each that runs at the same time.
 struct SpareScratch {
   Scratch scratch;
   std::unique_ptr<SpareScratch> rest; // a list, so that giving back cannot fail
+};
+
+/// The pool owns it, not the thread: in a forked child there is no thread.
+struct Worker {
+  Scratch scratch;
+  std::thread thread;
 };
 
 class Pool {
@@ -87,10 +93,10 @@ public:
   void stop() {
     std::unique_lock lock(mutex_);
     stopped_ = true;
-    std::vector<std::thread> workers = std::move(workers_);
+    const std::vector<std::unique_ptr<Worker>> workers = std::move(workers_);
     lock.unlock();
     wake_.notify_all();
-    for (std::thread& worker : workers) worker.join();
+    for (const std::unique_ptr<Worker>& worker : workers) worker->thread.join();
   }
 
   Pool* before_fork = nullptr; // the parent's: kept reachable, never touched
@@ -98,14 +104,18 @@ public:
 private:
   void add_workers(int wanted) {
     try {
-      while (static_cast<int>(workers_.size()) < wanted) workers_.emplace_back([this] { serve(); });
+      while (static_cast<int>(workers_.size()) < wanted) {
+        auto worker = std::make_unique<Worker>();
+        workers_.reserve(workers_.size() + 1); // a thread that runs must be kept
+        worker->thread = std::thread([this, &scratch = worker->scratch] { serve(scratch); });
+        workers_.push_back(std::move(worker));
+      }
     } catch (const std::system_error&) { // fewer threads, then
     }
   }
 
   /// A worker's life: helps the oldest job that wants help.
-  void serve() {
-    Scratch scratch;
+  void serve(Scratch& scratch) {
     std::unique_lock lock(mutex_);
     while (true) {
       Job* job = nullptr;
@@ -149,7 +159,7 @@ private:
   std::mutex mutex_;
   std::condition_variable wake_; // a job came, or the end
   std::condition_variable done_; // a worker left a job
-  std::vector<std::thread> workers_;
+  std::vector<std::unique_ptr<Worker>> workers_;
   std::vector<Job*> jobs_;
   std::unique_ptr<SpareScratch> spare_;
   bool stopped_ = false;
