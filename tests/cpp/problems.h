@@ -18,10 +18,10 @@ inline anyflash_tensor tensor(std::initializer_list<int64_t> shape, int32_t dtyp
   t.device_type = device_type;
   t.ndim = static_cast<int32_t>(shape.size());
   std::copy(shape.begin(), shape.end(), t.shape);
-  int64_t stride = 1;
+  uint64_t stride = 1; // unsigned: the outermost product of absurd shapes may overflow
   for (int dim = t.ndim - 1; dim >= 0; --dim) {
-    t.strides[dim] = stride;
-    stride *= t.shape[dim];
+    t.strides[dim] = static_cast<int64_t>(stride);
+    stride *= static_cast<uint64_t>(t.shape[dim]);
   }
   return t;
 }
