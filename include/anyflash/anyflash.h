@@ -4,6 +4,8 @@
  *   - S = scale Q K^T;  S = softcap tanh(S / softcap);  S -= slope |i + seqlen_k - seqlen_q - j|
  *   - mask;  P = softmax(S);  O = P V
  *   - L = log(sum(exp(S))), natural log; a row that sees no key has O = 0, L = -inf
+ *   - backward: dQ, dK, dV of a loss with gradients dO and, where L was used too, dL; what sees
+ *     nothing, or is seen by nothing, has gradient 0
  *
  * Conventions
  *   - Sizes and strides are int64, strides count elements. Stride 0 is allowed on inputs.
@@ -51,7 +53,7 @@ typedef enum anyflash_dtype {
 /** DLPack's numbers. */
 typedef enum anyflash_device_type { ANYFLASH_CPU = 1, ANYFLASH_CUDA = 2 } anyflash_device_type;
 
-typedef enum anyflash_op { ANYFLASH_FORWARD = 1 } anyflash_op;
+typedef enum anyflash_op { ANYFLASH_FORWARD = 1, ANYFLASH_BACKWARD = 2 } anyflash_op;
 
 /**
  * A tensor that somebody else owns. An absent one (an option not used, L not wanted) has ndim == 0.
@@ -75,8 +77,14 @@ typedef struct anyflash_tensor {
  *   - packed: q [total_q, H, d], k [total_k, Hk, d], v [total_k, Hk, dv], o [total_q, H, dv],
  *     lse [H, total_q]; cu_seqlens_q and cu_seqlens_k [B + 1] present
  *
- * lse may be absent: not wanted. o may be absent where only planning is asked for. Rows past
- * seqused get O = 0, L = -inf; tokens past cu_seqlens[B] are not touched.
+ * The forward writes o and lse. lse may be absent: not wanted. Rows past seqused get O = 0,
+ * L = -inf; tokens past cu_seqlens[B] are not touched.
+ *
+ * The backward reads o and lse as the forward left them, dout (the gradient of o) and dlse (that of
+ * lse; absent: 0), and writes dq, dk, dv, of the shapes of q, k, v. dK and dV of the query heads
+ * that share a key head are summed in fp32. Rows past seqused get gradients 0.
+ *
+ * Outputs may be absent where only planning is asked for; dout, o and lse likewise.
  */
 typedef struct anyflash_problem {
   uint32_t struct_size;
@@ -98,7 +106,11 @@ typedef struct anyflash_problem {
   float scale;           /**< of Q K^T; mandatory */
   float softcap;         /**< 0: off */
   int32_t causal;        /**< nonzero: right = min(right, 0) */
-  int32_t deterministic; /**< the forward is always deterministic; kept for the gradients */
+  int32_t deterministic; /**< dq too is the same bit for bit from run to run; all else always is */
+  /* Since 0.2 */
+  anyflash_tensor dout; /**< backward: [B, N, H, dv], or packed [total_q, H, dv] */
+  anyflash_tensor dlse; /**< float32, contiguous, shaped like lse; may be absent */
+  anyflash_tensor dq, dk, dv;
 } anyflash_problem;
 
 /** A device as planning sees it. Made by anyflash_get_device, or by anyflash_describe_gpu for one
@@ -113,9 +125,18 @@ typedef struct anyflash_device {
   int32_t driver;       /**< CUDA version of the driver, e.g. 12040; 0 on the CPU */
 } anyflash_device;
 
+/** The kernels of a row's image. The forward has one; the backward prepares (row statistics, fp32
+ * sums of dQ), multiplies, and writes dQ. */
+typedef enum anyflash_entry {
+  ANYFLASH_KERNEL = 0,
+  ANYFLASH_KERNEL_PRE = 1,
+  ANYFLASH_KERNEL_POST = 2
+} anyflash_entry;
+
 /** One kernel launch. */
 typedef struct anyflash_launch {
-  int32_t row; /**< index into the table of rows (anyflash_rows); -1: the CPU's tiled algorithm */
+  int32_t row;   /**< index into the table of rows (anyflash_rows); -1: the CPU's tiled algorithm */
+  int32_t entry; /**< anyflash_entry */
   uint32_t grid[3];
   uint32_t threads;
   uint32_t shared_bytes;
@@ -133,7 +154,7 @@ typedef struct anyflash_plan {
   int32_t splits; /**< parts that the keys of one row are split into, a function of shapes only */
   anyflash_launch launches[4];
   uint64_t workspace_bytes;
-  uint64_t workspace_offsets[4];
+  uint64_t workspace_offsets[4]; /**< backward: fp32 dQ, two numbers a row, turns of dQ's blocks */
 } anyflash_plan;
 
 /** "major.minor.patch" of this library. */
@@ -169,8 +190,8 @@ ANYFLASH_API anyflash_status anyflash_run(const anyflash_plan* plan,
  * predictable first calls. */
 ANYFLASH_API anyflash_status anyflash_warm_up(const anyflash_plan* plan);
 
-/** The oracle: plain attention in double, on the CPU, for every option; also takes float64 tensors.
- */
+/** The oracle: plain attention, or its gradients, in double, on the CPU, for every option; also
+ * takes float64 tensors. */
 ANYFLASH_API anyflash_status anyflash_reference(const anyflash_problem* problem);
 
 /**

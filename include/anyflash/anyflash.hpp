@@ -134,6 +134,27 @@ public:
     raw_.max_seqlen_k = max_seqlen_k;
     return *this;
   }
+  /// From now on the backward: o and lse() hold what the forward wrote, dout is the gradient of o;
+  /// writes dq, dk, dv, shaped like q, k, v.
+  Problem& gradients(const anyflash_tensor& dout, const anyflash_tensor& dq,
+                     const anyflash_tensor& dk, const anyflash_tensor& dv) {
+    raw_.op = ANYFLASH_BACKWARD;
+    raw_.dout = dout;
+    raw_.dq = dq;
+    raw_.dk = dk;
+    raw_.dv = dv;
+    return *this;
+  }
+  /// The gradient of L, for gradients(): shaped like lse().
+  Problem& lse_gradient(const anyflash_tensor& dlse) {
+    raw_.dlse = dlse;
+    return *this;
+  }
+  /// dQ the same bit for bit from run to run.
+  Problem& deterministic(bool on = true) {
+    raw_.deterministic = on;
+    return *this;
+  }
   /// Rows of each packed sequence that are used: int32 [B].
   Problem& used(const anyflash_tensor& seqused_q, const anyflash_tensor& seqused_k) {
     raw_.seqused_q = seqused_q;

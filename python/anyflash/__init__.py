@@ -10,14 +10,25 @@ GPU, driver, torch or NumPy; everything is looked up at the first call.
 from __future__ import annotations
 
 from ._version import __version__
-from .api import Support, attention, attention_varlen, explain, reference, supports
+from .api import (
+    Support,
+    attention,
+    attention_backward,
+    attention_varlen,
+    explain,
+    reference,
+    reference_backward,
+    supports,
+)
 
 __all__ = [
     "Support",
     "__version__",
     "attention",
+    "attention_backward",
     "attention_varlen",
     "explain",
     "reference",
+    "reference_backward",
     "supports",
 ]

@@ -33,3 +33,10 @@ def _first_forward(*arguments: Any) -> Any:
 
 
 forward: Callable[..., Any] = _first_forward
+
+
+def backward(*arguments: Any) -> Any:
+    """The gradients from the positions of `_call.BackwardArguments`."""
+    from . import _call
+
+    return _call.backward(*arguments)

@@ -11,7 +11,7 @@ import re
 from typing import Any, NamedTuple
 
 from . import _library, _options
-from ._library import ABSENT, CPU, CUDA, FLOAT32, Device, Plan
+from ._library import ABSENT, BACKWARD, CPU, CUDA, FLOAT32, FORWARD, Device, Plan
 from ._tensors import Adapter, Described, adapter_of, contiguous_strides
 
 
@@ -37,6 +37,33 @@ class Arguments(NamedTuple):
     return_lse: Any
 
 
+class BackwardArguments(NamedTuple):
+    """Everything that `attention_backward` takes."""
+
+    dout: Any
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    lse: Any
+    dlse: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    max_seqlen_q: Any
+    max_seqlen_k: Any
+    seqused_q: Any
+    seqused_k: Any
+    causal: Any
+    window: Any
+    scale: Any
+    softcap: Any
+    alibi_slopes: Any
+    deterministic: Any
+    dq: Any
+    dk: Any
+    dv: Any
+
+
 class _Options(NamedTuple):
     """The arguments that are no tensors, as the library's numbers."""
 
@@ -50,9 +77,11 @@ class _Options(NamedTuple):
     deterministic: bool
 
 
-def _options_of(arguments: Arguments, d: int) -> _Options:
+def _options_of(arguments: Arguments | BackwardArguments, d: int) -> _Options:
     left, right = _options.window_sides(arguments.window)
     scale, deterministic = arguments.scale, arguments.deterministic
+    if deterministic is None and isinstance(arguments, BackwardArguments):
+        deterministic = adapter_of(arguments.q, "q").deterministic()
     return _Options(
         _options.length(arguments.max_seqlen_q, "max_seqlen_q"),
         _options.length(arguments.max_seqlen_k, "max_seqlen_k"),
@@ -69,7 +98,7 @@ def _options_of(arguments: Arguments, d: int) -> _Options:
 _INPUTS = ("q", "k", "v", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
 
 
-def _describe_inputs(arguments: Arguments) -> list[Described | None]:
+def _describe_inputs(arguments: Arguments | BackwardArguments) -> list[Described | None]:
     described: list[Described | None] = []
     for name in _INPUTS:
         tensor = getattr(arguments, name)
@@ -92,14 +121,20 @@ def _packed(described: Described | None) -> bytes:
 
 
 def _problem(
-    inputs: list[Described | None], o: Described | None, lse: Described | None, options: _Options
+    inputs: list[Described | None],
+    o: Described | None,
+    lse: Described | None,
+    options: _Options,
+    gradients: list[Described | None] | None = None,
 ) -> bytes:
     q, k, v, *rest = [_packed(one) for one in inputs]
     tensors = (q, k, v, _packed(o), _packed(lse), *rest)
-    return _library.pack_problem(tensors, *options)
+    if gradients is None:
+        return _library.pack_problem(FORWARD, tensors, None, *options)
+    return _library.pack_problem(BACKWARD, tensors, tuple(map(_packed, gradients)), *options)
 
 
-def _refuse_gradients(arguments: Arguments) -> None:
+def _refuse_gradients(arguments: Arguments | BackwardArguments) -> None:
     for name in ("q", "k", "v", "alibi_slopes", "out"):
         tensor = getattr(arguments, name)
         if tensor is not None and adapter_of(tensor, name).needs_grad(tensor):
@@ -170,19 +205,24 @@ def forward(*positional: Any) -> Any:
 
     outputs = _allocate(arguments, adapter, q, v, out)
     problem = _problem(inputs, outputs.o_described, outputs.lse_described, options)
-    plan = _library.make_plan(problem, None)  # anew: the memory of the outputs is known now
+    _run(problem, arguments.q, adapter, q)
+    return outputs.results(adapter, arguments.out)
+
+
+def _run(problem: bytes, like: Any, adapter: Adapter, q: Described) -> None:
+    """Plans with the memory of the outputs known, and runs on the caller's stream."""
+    plan = _library.make_plan(problem, None)
     workspace, workspace_data = None, 0
     if plan.workspace_bytes:
         # float32 elements, and room to align.
         count = plan.workspace_bytes // 4 + 65
-        workspace = adapter.empty(arguments.q, (count,), FLOAT32)
+        workspace = adapter.empty(like, (count,), FLOAT32)
         data = adapter_of(workspace, "workspace").describe(workspace, "workspace").data
         workspace_data = (data + 255) // 256 * 256
     stream = adapter.stream(q.device)
     _library.check(
         _library.library().anyflash_run(ctypes.byref(plan), problem, workspace_data, stream)
     )
-    return outputs.results(adapter, arguments.out)
 
 
 def reference(*positional: Any) -> Any:
@@ -193,6 +233,73 @@ def reference(*positional: Any) -> Any:
     problem = _problem(inputs, outputs.o_described, outputs.lse_described, options)
     _library.check(_library.library().anyflash_reference(problem))
     return outputs.results(adapter, arguments.out)
+
+
+# Gradients
+
+_FORWARD_RESULTS = ("out", "lse")
+_GIVEN_GRADIENTS = ("dout", "dlse")
+_WANTED_GRADIENTS = ("dq", "dk", "dv")
+
+
+class _BackwardCall:
+    """One backward: its arguments read, its gradients allocated where they are not given."""
+
+    def __init__(self, arguments: BackwardArguments) -> None:
+        self.arguments = arguments
+        self.inputs = _describe_inputs(arguments)
+        _refuse_gradients(arguments)
+        q = self.inputs[0]
+        assert q is not None
+        self.q = q
+        self.options = _options_of(arguments, q.shape[-1] if q.shape else 1)
+        self.adapter = adapter_of(arguments.q, "q")
+        self.results = [self._optional(name) for name in _FORWARD_RESULTS]
+        self.given = [self._optional(name) for name in _GIVEN_GRADIENTS]
+        self.wanted = [self._optional(name, written=True) for name in _WANTED_GRADIENTS]
+
+    def _optional(self, name: str, *, written: bool = False) -> Described | None:
+        tensor = getattr(self.arguments, name)
+        return None if tensor is None else _describe(tensor, name, written=written)
+
+    def problem(self) -> bytes:
+        out, lse = self.results
+        return _problem(self.inputs, out, lse, self.options, [*self.given, *self.wanted])
+
+    def allocate(self) -> list[Any]:
+        """dq, dk, dv: the caller's, or new ones. The problem has been validated."""
+        tensors = []
+        for i, name in enumerate(_WANTED_GRADIENTS):
+            tensor, like = getattr(self.arguments, name), self.inputs[i]
+            if tensor is None:
+                assert like is not None
+                tensor = self.adapter.empty(self.arguments.q, like.shape, like.dtype)
+                self.wanted[i] = adapter_of(tensor, name).describe(tensor, name)
+            tensors.append(tensor)
+        return tensors
+
+    def returned(self, tensors: list[Any]) -> tuple[Any, ...]:
+        return tuple(
+            self.adapter.result(tensor) if getattr(self.arguments, name) is None else tensor
+            for name, tensor in zip(_WANTED_GRADIENTS, tensors)
+        )
+
+
+def backward(*positional: Any) -> Any:
+    """dQ, dK, dV. Everything is validated before the first allocation."""
+    call = _BackwardCall(BackwardArguments(*positional))
+    _library.make_plan(call.problem(), None)
+    gradients = call.allocate()
+    _run(call.problem(), call.arguments.q, call.adapter, call.q)
+    return call.returned(gradients)
+
+
+def reference_backward(*positional: Any) -> Any:
+    """dQ, dK, dV by the plain formula in double on the CPU."""
+    call = _BackwardCall(BackwardArguments(*positional))
+    gradients = call.allocate()
+    _library.check(_library.library().anyflash_reference(call.problem()))
+    return call.returned(gradients)
 
 
 # Planning without running: tensors, or shapes with a dtype and a device

@@ -20,7 +20,8 @@ DTYPES = {"float16": 1, "bfloat16": 2, "float32": 3, "float64": 4, "int32": 5}
 # anyflash_device_type
 CPU, CUDA = 1, 2
 
-FORWARD = 1
+# anyflash_op
+FORWARD, BACKWARD = 1, 2
 
 # anyflash_status
 _EXCEPTIONS = {1: ValueError, 2: TypeError, 3: NotImplementedError, 4: RuntimeError, 5: MemoryError}
@@ -31,8 +32,8 @@ ABSENT = bytes(_TENSOR.size)
 _PROBLEM_HEAD = struct.Struct("=Ii")
 # max_seqlen_q, max_seqlen_k, window_left, window_right, scale, softcap, causal, deterministic
 _PROBLEM_TAIL = struct.Struct("=4q2f2i")
-_PROBLEM_SIZE = _PROBLEM_HEAD.size + 10 * _TENSOR.size + _PROBLEM_TAIL.size
-_HEAD = _PROBLEM_HEAD.pack(_PROBLEM_SIZE, FORWARD)
+_PROBLEM_SIZE = _PROBLEM_HEAD.size + 15 * _TENSOR.size + _PROBLEM_TAIL.size
+_NO_GRADIENTS = (ABSENT,) * 5
 _ZEROS = (0, 0, 0, 0)
 
 
@@ -58,6 +59,7 @@ class Launch(ctypes.Structure):
 
     _fields_ = [
         ("row", ctypes.c_int32),
+        ("entry", ctypes.c_int32),
         ("grid", ctypes.c_uint32 * 3),
         ("threads", ctypes.c_uint32),
         ("shared_bytes", ctypes.c_uint32),
@@ -114,7 +116,9 @@ def pack_tensor(
 
 
 def pack_problem(
+    op: int,
     tensors: tuple[bytes, ...],
+    gradients: tuple[bytes, ...] | None,
     max_seqlen_q: int,
     max_seqlen_k: int,
     window_left: int,
@@ -125,7 +129,7 @@ def pack_problem(
     deterministic: bool,
 ) -> bytes:
     """An anyflash_problem; tensors in its order: q, k, v, o, lse, alibi_slopes, cu_seqlens_q,
-    cu_seqlens_k, seqused_q, seqused_k."""
+    cu_seqlens_k, seqused_q, seqused_k; gradients: dout, dlse, dq, dk, dv."""
     tail = _PROBLEM_TAIL.pack(
         max_seqlen_q,
         max_seqlen_k,
@@ -136,7 +140,8 @@ def pack_problem(
         causal,
         deterministic,
     )
-    return b"".join((_HEAD, *tensors, tail))
+    head = _PROBLEM_HEAD.pack(_PROBLEM_SIZE, op)
+    return b"".join((head, *tensors, tail, *(gradients or _NO_GRADIENTS)))
 
 
 def _as_float32(value: float) -> float:

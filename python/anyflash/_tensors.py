@@ -46,6 +46,10 @@ class Adapter:
     def needs_grad(self, tensor: Any) -> bool:
         return False
 
+    def deterministic(self) -> bool:
+        """The library's global switch."""
+        return False
+
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     strides = []
@@ -126,6 +130,9 @@ class Torch(Adapter):
 
     def needs_grad(self, tensor: Any) -> bool:
         return bool(tensor.requires_grad and self.torch.is_grad_enabled())
+
+    def deterministic(self) -> bool:
+        return bool(self.torch.are_deterministic_algorithms_enabled())
 
 
 class NumPy(Adapter):

@@ -260,6 +260,129 @@ def reference(
     )
 
 
+def attention_backward(
+    dout: Any,
+    q: T,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    *,
+    dlse: Any = None,
+    seqused_q: Any = None,
+    seqused_k: Any = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] = (None, None),
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    deterministic: bool | None = None,
+    dq: Any = None,
+    dk: Any = None,
+    dv: Any = None,
+) -> tuple[T, T, T]:
+    """dQ, dK, dV of a loss, from its gradients by the results of a forward.
+
+    For libraries without automatic differentiation, and for who writes his own; torch's autograd
+    needs no more than `attention` itself.
+
+    Arguments:
+      dout: the loss's gradient by O, shaped like it; any strides with a contiguous last dimension.
+      q, k, v, and the options: as given to `attention` or, with cu_seqlens, `attention_varlen`.
+      out, lse: what that call returned, with return_lse=True.
+      dlse: the loss's gradient by L: float32, contiguous, shaped like lse; None: L was not used.
+      deterministic: dQ too is the same bit for bit from run to run (dK and dV always are); slower
+        on GPUs. None: what the tensors' library is set to (torch.use_deterministic_algorithms).
+      dq, dk, dv: receive the gradients: shape, dtype and device of q, k, v, memory of their own.
+
+    Returns: (dQ, dK, dV), shaped like q, k, v. dK and dV of query heads that share a key head are
+      summed in fp32. What sees nothing, or is seen by nothing, has gradient 0.
+
+    Raises: as `attention`.
+
+    Source: FlashAttention-2 (arXiv 2307.08691), Algorithm 2; dS = P (dP - delta + dL).
+    """
+    return _backend.backward(  # type: ignore[no-any-return]
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        dlse,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        seqused_q,
+        seqused_k,
+        causal,
+        window,
+        scale,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        dq,
+        dk,
+        dv,
+    )
+
+
+def reference_backward(
+    dout: Any,
+    q: T,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    *,
+    dlse: Any = None,
+    seqused_q: Any = None,
+    seqused_k: Any = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] = (None, None),
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+) -> tuple[T, T, T]:
+    """dQ, dK, dV by the plain formula in double, on the CPU: the oracle. Needs no forward.
+
+    Arguments and results: as `attention_backward`; also float64.
+    """
+    from . import _call
+
+    return _call.reference_backward(  # type: ignore[no-any-return]
+        dout,
+        q,
+        k,
+        v,
+        None,
+        None,
+        dlse,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        seqused_q,
+        seqused_k,
+        causal,
+        window,
+        scale,
+        softcap,
+        alibi_slopes,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
 class Support(NamedTuple):
     """The answer of `supports`; true if the call would run."""
 

@@ -2,6 +2,7 @@
 #include "anyflash/anyflash.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
 #include <new>
 #include <string>
@@ -51,13 +52,19 @@ anyflash_status guarded(Body&& body) noexcept {
   }
 }
 
-// Structs of callers. Version 1 is the only one so far: smaller ones are mistakes, larger ones come
-// from a newer caller and are fine as long as what this library does not know is zero.
+// Structs of callers. Those smaller than the oldest version are mistakes; older ones lack the last
+// fields, which are zero then; larger ones come from a newer caller and are fine as long as what
+// this library does not know is zero.
+
+template <class Struct>
+constexpr size_t oldest_size = sizeof(Struct);
+template <>
+constexpr size_t oldest_size<anyflash_problem> = offsetof(anyflash_problem, dout);
 
 template <class Struct>
 void check_struct(const Struct* value, const char* name) {
   if (!value) throw InvalidValue(std::string(name) + " is NULL");
-  if (value->struct_size < sizeof(Struct))
+  if (value->struct_size < oldest_size<Struct>)
     throw InvalidValue(std::string(name) + "->struct_size is " + to_string(value->struct_size) +
                        "; it must be sizeof(anyflash_" + name + "), " + to_string(sizeof(Struct)) +
                        " here");
@@ -68,6 +75,23 @@ void check_struct(const Struct* value, const char* name) {
                          " that this library does not know; available: version " +
                          ANYFLASH_VERSION + "; missing: a newer libanyflash");
 }
+
+/// The problem of a caller, also of one built with an older header.
+class CallersProblem {
+public:
+  explicit CallersProblem(const anyflash_problem* raw) : raw_(raw) {
+    check_struct(raw, "problem");
+    if (raw->struct_size >= sizeof *raw) return;
+    std::memcpy(&copy_, raw, raw->struct_size);
+    raw_ = &copy_;
+  }
+  const anyflash_problem& operator*() const { return *raw_; }
+  const anyflash_problem* operator->() const { return raw_; }
+
+private:
+  const anyflash_problem* raw_;
+  anyflash_problem copy_{};
+};
 
 /// Writes a result; the part of a newer caller's struct that this library does not know stays as
 /// it is.
@@ -127,11 +151,21 @@ void check_data(const anyflash_tensor& tensor, const char* name) {
                                            "not run");
 }
 
+void check_given(const anyflash_tensor& tensor, const char* name, const char* why) {
+  if (tensor.ndim == 0) throw InvalidValue(std::string(name) + " is missing; " + why);
+}
+
 /// Validates a problem that is to be computed: every tensor has its memory.
-Problem validate_to_run(const anyflash_problem* raw) {
-  check_struct(raw, "problem");
+Problem validate_to_run(const CallersProblem& raw) {
   const Problem problem = validate(*raw);
-  if (raw->o.ndim == 0) throw InvalidValue("out is missing; the caller allocates the output");
+  if (problem.op == ANYFLASH_FORWARD) {
+    check_given(raw->o, "out", "the caller allocates the output");
+  } else {
+    check_given(raw->dout, "dout", "the backward reads the gradient of the output");
+    check_given(raw->dq, "dq", "the caller allocates the gradients");
+    check_given(raw->dk, "dk", "the caller allocates the gradients");
+    check_given(raw->dv, "dv", "the caller allocates the gradients");
+  }
   check_data(raw->q, "q");
   check_data(raw->k, "k");
   check_data(raw->v, "v");
@@ -142,7 +176,19 @@ Problem validate_to_run(const anyflash_problem* raw) {
   check_data(raw->cu_seqlens_k, "cu_seqlens_k");
   check_data(raw->seqused_q, "seqused_q");
   check_data(raw->seqused_k, "seqused_k");
+  check_data(raw->dout, "dout");
+  check_data(raw->dlse, "dlse");
+  check_data(raw->dq, "dq");
+  check_data(raw->dk, "dk");
+  check_data(raw->dv, "dv");
   return problem;
+}
+
+/// The backward reads O and L; the reference computes them anew.
+void check_forward_results(const CallersProblem& raw) {
+  if (raw->op != ANYFLASH_BACKWARD) return;
+  check_given(raw->o, "out", "the backward reads what the forward wrote");
+  check_given(raw->lse, "lse", "the backward reads what the forward wrote");
 }
 
 void check_plan_fits(const anyflash_plan& plan, const Problem& problem, const void* workspace) {
@@ -159,10 +205,12 @@ void check_plan_fits(const anyflash_plan& plan, const Problem& problem, const vo
 void run(const anyflash_plan& plan, const Problem& problem, void* workspace, void* stream) {
   check_plan_fits(plan, problem, workspace);
   if (plan.launch_count == 0) return;
-  if (plan.device.type == ANYFLASH_CPU)
-    cpu::forward(problem, {plan.Br, plan.Bc, plan.splits});
+  if (plan.device.type == ANYFLASH_CUDA) return launch(plan, problem, workspace, stream);
+  const cpu::Tiling tiling = {plan.Br, plan.Bc, plan.splits};
+  if (problem.op == ANYFLASH_FORWARD)
+    cpu::forward(problem, tiling);
   else
-    launch(plan, problem, workspace, stream);
+    cpu::backward(problem, tiling);
 }
 
 } // namespace
@@ -185,8 +233,7 @@ anyflash_status anyflash_describe_gpu(int32_t compute_capability, anyflash_devic
 anyflash_status anyflash_make_plan(const anyflash_problem* problem, const anyflash_device* device,
                                    anyflash_plan* plan) {
   return guarded([&] {
-    check_struct(problem, "problem");
-    const Problem valid = validate(*problem);
+    const Problem valid = validate(*CallersProblem(problem));
     write_struct(make_plan(valid, device_of(valid, device)), plan, "plan");
   });
 }
@@ -195,7 +242,10 @@ anyflash_status anyflash_run(const anyflash_plan* plan, const anyflash_problem* 
                              void* workspace, void* stream) {
   return guarded([&] {
     check_struct(plan, "plan");
-    run(*plan, validate_to_run(problem), workspace, stream);
+    const CallersProblem raw(problem);
+    const Problem valid = validate_to_run(raw);
+    check_forward_results(raw);
+    run(*plan, valid, workspace, stream);
   });
 }
 
@@ -208,20 +258,22 @@ anyflash_status anyflash_warm_up(const anyflash_plan* plan) {
 
 anyflash_status anyflash_reference(const anyflash_problem* problem) {
   return guarded([&] {
-    const Problem valid = validate_to_run(problem);
+    const Problem valid = validate_to_run(CallersProblem(problem));
     if (valid.device_type != ANYFLASH_CPU)
       throw NotSupported("asked: the reference on cuda:" + to_string(valid.device_index) +
                          "; available: the reference on the CPU; missing: a GPU version of it: "
                          "copy the tensors to the CPU first");
-    cpu::reference(valid);
+    if (valid.op == ANYFLASH_FORWARD)
+      cpu::reference(valid);
+    else
+      cpu::reference_backward(valid);
   });
 }
 
 anyflash_status anyflash_explain(const anyflash_problem* problem, const anyflash_device* device,
                                  char* text, size_t capacity, size_t* needed) {
   return guarded([&] {
-    check_struct(problem, "problem");
-    const Problem valid = validate(*problem);
+    const Problem valid = validate(*CallersProblem(problem));
     write_text(explain(valid, make_plan(valid, device_of(valid, device))), text, capacity, needed);
   });
 }

@@ -65,8 +65,14 @@ std::string mask_words(const Mask& mask) {
   return "window left " + side(mask.left) + ", right " + side(mask.right);
 }
 
+std::string lse_words(const Problem& p) {
+  if (p.op == ANYFLASH_FORWARD) return p.want_lse ? "returned" : "not wanted";
+  return std::string(p.has_dlse ? "has a gradient" : "without gradient") +
+         (p.deterministic ? ", dQ deterministic" : "");
+}
+
 std::string problem_words(const Problem& p) {
-  std::string text = "problem    forward, " + dtype_name(p.dtype) + ", ";
+  std::string text = "problem    " + std::string(op_name(p.op)) + ", " + dtype_name(p.dtype) + ", ";
   text += p.packed ? "packed: " + to_string(p.batch) + " sequences, " + to_string(p.total_q) +
                          " rows of q (at most " + to_string(p.seqlen_q) + " a sequence), " +
                          to_string(p.total_k) + " of k (at most " + to_string(p.seqlen_k) + ")"
@@ -76,7 +82,7 @@ std::string problem_words(const Problem& p) {
           to_string(p.d) + ", dv " + to_string(p.dv) + "\n";
   text += "options    mask " + mask_words(p.mask) + ", scale " + number(p.scale) + ", softcap " +
           (p.softcap != 0 ? number(p.softcap) : "off") + ", ALiBi " + (p.alibi ? "on" : "off") +
-          ", LSE " + (p.want_lse ? "returned" : "not wanted") + "\n";
+          ", LSE " + lse_words(p) + "\n";
   return text;
 }
 

@@ -19,11 +19,14 @@ using std::to_string;
 
 constexpr int64_t largest_grid = (int64_t{1} << 31) - 1;
 
-std::string op_name(anyflash_op op) { return op == ANYFLASH_FORWARD ? "forward" : "?"; }
-
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-bool nothing_to_write(const Problem& p) { return p.batch == 0 || p.seqlen_q == 0 || p.heads == 0; }
+bool nothing_to_write(const Problem& p) {
+  if (p.batch == 0) return true;
+  const bool of_queries = p.seqlen_q > 0 && p.heads > 0; // O, L; dQ
+  const bool of_keys = p.op == ANYFLASH_BACKWARD && p.seqlen_k > 0;
+  return !of_queries && !of_keys;
+}
 
 anyflash_plan empty_plan(const Problem& problem, const anyflash_device& device) {
   anyflash_plan plan;
@@ -39,7 +42,7 @@ anyflash_plan empty_plan(const Problem& problem, const anyflash_device& device) 
 
 anyflash_plan plan_on_cpu(const Problem& problem, const anyflash_device& device) {
   if (problem.dtype == DType::float64)
-    throw NotSupported("asked: " + op_name(problem.op) +
+    throw NotSupported("asked: " + std::string(op_name(problem.op)) +
                        " of float64; available: float32, float16, bfloat16 on the CPU; missing: a "
                        "tiled algorithm in double (the reference takes float64)");
   const cpu::Tiling tiling = cpu::tiling(problem);
@@ -95,8 +98,8 @@ std::string available_on(const Problem& problem, const anyflash_device& device) 
   std::vector<std::string> found;
   for (const Row& row : rows()) {
     const std::string_view image = image_for(device.compute_capability, row.family);
-    if (image.empty() || !row.in_image(image) || row.dtype != problem.dtype ||
-        row.shared_bytes() > device.shared_bytes)
+    if (image.empty() || !row.in_image(image) || row.op != op_name(problem.op) ||
+        row.dtype != problem.dtype || row.shared_bytes() > device.shared_bytes)
       continue;
     std::string text = to_string(row.d) + "x" + to_string(row.dv) + " " + std::string(row.variant);
     if (std::ranges::find(found, text) == found.end()) found.push_back(std::move(text));
@@ -109,14 +112,15 @@ std::string available_on(const Problem& problem, const anyflash_device& device) 
 anyflash_plan plan_on_gpu(const Problem& problem, const anyflash_device& device) {
   const std::string gpu = "sm_" + to_string(device.compute_capability);
   if (problem.dtype != DType::float16 && problem.dtype != DType::bfloat16)
-    throw NotSupported("asked: " + op_name(problem.op) + " of " + dtype_name(problem.dtype) +
-                       " on a GPU (" + gpu +
+    throw NotSupported("asked: " + std::string(op_name(problem.op)) + " of " +
+                       dtype_name(problem.dtype) + " on a GPU (" + gpu +
                        "); available: float16 and bfloat16 there, float32 on the CPU; missing: "
                        "kernels for it: convert q, k, v or move them to the CPU");
   const Row* row = choose_row(problem, device);
   if (!row)
     throw NotSupported(
-        "asked: " + op_name(problem.op) + " of " + dtype_name(problem.dtype) + " with head dims " +
+        "asked: " + std::string(op_name(problem.op)) + " of " + dtype_name(problem.dtype) +
+        " with head dims " +
         to_string(problem.d) + "x" + to_string(problem.dv) + " on " + gpu +
         "; available there: head dims up to " + available_on(problem, device) +
         "; missing: a row of the kernel table that holds this problem" +

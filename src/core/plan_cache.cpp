@@ -16,7 +16,8 @@ Key key_of(const Problem& p, const anyflash_device& device) {
           p.seqlen_k, p.total_q, p.total_k, p.d, p.dv, p.mask.left, p.mask.right,
           // flags
           (p.softcap != 0) | p.alibi << 1 | p.aligned << 2 | p.want_lse << 3 |
-              (p.seqused_q != nullptr) << 4 | (p.seqused_k != nullptr) << 5 | (p.scale <= 0) << 6,
+              (p.seqused_q != nullptr) << 4 | (p.seqused_k != nullptr) << 5 | (p.scale <= 0) << 6 |
+              p.deterministic << 7 | p.has_dlse << 8,
           device.type, device.index, device.compute_capability, device.multiprocessors,
           device.shared_bytes, device.driver, device.struct_size};
 }

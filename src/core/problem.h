@@ -42,6 +42,11 @@ struct Mask {
   bool operator==(const Mask&) const = default;
 };
 
+/// "forward": also what the table of kernels calls it.
+constexpr const char* op_name(anyflash_op op) {
+  return op == ANYFLASH_FORWARD ? "forward" : "backward";
+}
+
 struct Problem {
   anyflash_op op = ANYFLASH_FORWARD;
   DType dtype = DType::float32;
@@ -59,6 +64,12 @@ struct Problem {
   float* lse = nullptr; // dense [batch, heads, seqlen_q], packed [heads, total_q]; null: not wanted
   bool want_lse = false;
 
+  // The backward; o and lse are inputs there.
+  View dout, dq, dk, dv_out; // dv_out: the gradient of v
+  const float* dlse = nullptr; // like lse; null: 0
+  bool has_dlse = false;
+  bool deterministic = false; // of dq; all else always is
+
   const float* alibi_slopes =
       nullptr; // slope of head h in sequence b: alibi_slopes[b * alibi_batch + h]
   int64_t alibi_batch = 0;
@@ -73,8 +84,8 @@ struct Problem {
   float scale = 1;
   float softcap = 0; // 0: off
 
-  /// True when rows of q, k, v, o start on 16-byte boundaries, so that kernels may copy 16 bytes at
-  /// a time.
+  /// True when the rows of all [., d] tensors start on 16-byte boundaries, so that kernels may copy
+  /// 16 bytes at a time.
   bool aligned = true;
 
   int64_t group() const { return heads / heads_k; }

@@ -31,12 +31,14 @@ std::string number(double value) {
 
 struct Inputs {
   Named q, k, v, o, lse, alibi_slopes, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k;
+  Named dout, dlse, dq, dk, dv;
 
   explicit Inputs(const anyflash_problem& p)
       : q{p.q, "q"}, k{p.k, "k"}, v{p.v, "v"}, o{p.o, "out"}, lse{p.lse, "lse"},
         alibi_slopes{p.alibi_slopes, "alibi_slopes"}, cu_seqlens_q{p.cu_seqlens_q, "cu_seqlens_q"},
         cu_seqlens_k{p.cu_seqlens_k, "cu_seqlens_k"}, seqused_q{p.seqused_q, "seqused_q"},
-        seqused_k{p.seqused_k, "seqused_k"} {}
+        seqused_k{p.seqused_k, "seqused_k"}, dout{p.dout, "dout"}, dlse{p.dlse, "dlse"},
+        dq{p.dq, "dq"}, dk{p.dk, "dk"}, dv{p.dv, "dv"} {}
 };
 
 void check_kinds(const Inputs& in, bool packed) {
@@ -66,8 +68,9 @@ void check_kinds(const Inputs& in, bool packed) {
   if (device != ANYFLASH_CPU && device != ANYFLASH_CUDA)
     throw NotSupported("asked: attention on " + device_name(in.q.tensor) +
                        "; available: cpu (1) and cuda (2) of DLPack; missing: a backend for it");
-  for (const Named* named : {&in.k, &in.v, &in.o, &in.lse, &in.alibi_slopes, &in.cu_seqlens_q,
-                             &in.cu_seqlens_k, &in.seqused_q, &in.seqused_k})
+  for (const Named* named :
+       {&in.k, &in.v, &in.o, &in.lse, &in.alibi_slopes, &in.cu_seqlens_q, &in.cu_seqlens_k,
+        &in.seqused_q, &in.seqused_k, &in.dout, &in.dlse, &in.dq, &in.dk, &in.dv})
     if (named->present()) check_same_device(*named, in.q);
 }
 
@@ -284,41 +287,70 @@ Mask normal_form(int64_t left, int64_t right, bool causal, int64_t seqlen_q, int
   return {left, right};
 }
 
-// Outputs
+// What is read and written beside q, k, v
 
-void read_outputs(const Inputs& in, Problem& problem) {
-  const bool packed = problem.packed;
-  if (in.o.present()) {
-    const char* words = packed ? "[total_q, heads, dv]" : "[batch, seqlen_q, heads, dv]";
-    check_same_dtype(in.o, in.q);
-    check_rank(in.o, packed ? 3 : 4, words);
-    if (packed)
-      check_shape(in.o, std::array{problem.total_q, problem.heads, problem.dv}, words);
-    else
-      check_shape(in.o, std::array{problem.batch, problem.seqlen_q, problem.heads, problem.dv},
-                  words);
-    check_last_dim_contiguous(in.o);
-    check_written_once(in.o);
+/// A tensor of q's dtype with the given rows, heads and columns, if it is there.
+void check_rows(const Named& named, const Inputs& in, const Problem& problem, int64_t rows,
+                int64_t heads, int64_t columns, const char* words) {
+  if (!named.present()) return;
+  check_same_dtype(named, in.q);
+  check_rank(named, problem.packed ? 3 : 4, words);
+  if (problem.packed)
+    check_shape(named, std::array{rows, heads, columns}, words);
+  else
+    check_shape(named, std::array{problem.batch, rows, heads, columns}, words);
+  check_last_dim_contiguous(named);
+}
+
+/// lse or dlse, if it is there.
+void check_row_numbers(const Named& named, const Problem& problem) {
+  if (!named.present()) return;
+  const char* words = problem.packed ? "[heads, total_q]" : "[batch, heads, seqlen_q]";
+  check_dtype(named, ANYFLASH_FLOAT32);
+  check_rank(named, problem.packed ? 2 : 3, words);
+  if (problem.packed)
+    check_shape(named, std::array{problem.heads, problem.total_q}, words);
+  else
+    check_shape(named, std::array{problem.batch, problem.heads, problem.seqlen_q}, words);
+  check_contiguous(named);
+}
+
+/// Every element of an output has its own memory, which no input and no other output shares.
+void check_outputs(std::span<const Named* const> outputs, std::span<const Named* const> inputs) {
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    if (!outputs[i]->present()) continue;
+    check_written_once(*outputs[i]);
+    for (const Named* input : inputs)
+      if (input->present()) check_apart(*outputs[i], *input);
+    for (const Named* other : outputs.first(i))
+      if (other->present()) check_apart(*outputs[i], *other);
   }
+}
+
+void read_o_and_lse(const Inputs& in, Problem& problem) {
+  const char* words = problem.packed ? "[total_q, heads, dv]" : "[batch, seqlen_q, heads, dv]";
+  const int64_t rows = problem.packed ? problem.total_q : problem.seqlen_q;
+  check_rows(in.o, in, problem, rows, problem.heads, problem.dv, words);
+  check_row_numbers(in.lse, problem);
   problem.want_lse = in.lse.present();
-  if (problem.want_lse) {
-    const char* words = packed ? "[heads, total_q]" : "[batch, heads, seqlen_q]";
-    check_dtype(in.lse, ANYFLASH_FLOAT32);
-    check_rank(in.lse, packed ? 2 : 3, words);
-    if (packed)
-      check_shape(in.lse, std::array{problem.heads, problem.total_q}, words);
-    else
-      check_shape(in.lse, std::array{problem.batch, problem.heads, problem.seqlen_q}, words);
-    check_contiguous(in.lse);
-    problem.lse = static_cast<float*>(in.lse.tensor.data);
-  }
-  for (const Named* output : {&in.o, &in.lse}) {
-    if (!output->present()) continue;
-    for (const Named* input : {&in.q, &in.k, &in.v, &in.alibi_slopes, &in.cu_seqlens_q,
-                               &in.cu_seqlens_k, &in.seqused_q, &in.seqused_k})
-      check_apart(*output, *input);
-  }
-  if (in.o.present() && in.lse.present()) check_apart(in.lse, in.o);
+  problem.lse = static_cast<float*>(in.lse.tensor.data);
+}
+
+void read_gradients(const Inputs& in, Problem& problem) {
+  const bool packed = problem.packed;
+  const int64_t rows_q = packed ? problem.total_q : problem.seqlen_q;
+  const int64_t rows_k = packed ? problem.total_k : problem.seqlen_k;
+  const char* of_o = packed ? "[total_q, heads, dv]" : "[batch, seqlen_q, heads, dv]";
+  const char* of_q = packed ? "[total_q, heads, d]" : "[batch, seqlen_q, heads, d]";
+  const char* of_k = packed ? "[total_k, heads_k, d]" : "[batch, seqlen_k, heads_k, d]";
+  const char* of_v = packed ? "[total_k, heads_k, dv]" : "[batch, seqlen_k, heads_k, dv]";
+  check_rows(in.dout, in, problem, rows_q, problem.heads, problem.dv, of_o);
+  check_rows(in.dq, in, problem, rows_q, problem.heads, problem.d, of_q);
+  check_rows(in.dk, in, problem, rows_k, problem.heads_k, problem.d, of_k);
+  check_rows(in.dv, in, problem, rows_k, problem.heads_k, problem.dv, of_v);
+  check_row_numbers(in.dlse, problem);
+  problem.has_dlse = in.dlse.present();
+  problem.dlse = static_cast<const float*>(in.dlse.tensor.data);
 }
 
 // Views
@@ -342,9 +374,9 @@ bool rows_on_16_bytes(const anyflash_tensor& tensor) {
 } // namespace
 
 Problem validate(const anyflash_problem& raw) {
-  if (raw.op != ANYFLASH_FORWARD)
+  if (raw.op != ANYFLASH_FORWARD && raw.op != ANYFLASH_BACKWARD)
     throw NotSupported("asked: operation " + to_string(raw.op) +
-                       "; available: forward (1); missing: this operation");
+                       "; available: forward (1), backward (2); missing: this operation");
   const Inputs in(raw);
   Problem problem;
   problem.packed = is_packed(in);
@@ -353,6 +385,7 @@ Problem validate(const anyflash_problem& raw) {
   problem.dtype = static_cast<DType>(raw.q.dtype);
   problem.device_type = raw.q.device_type;
   problem.device_index = raw.q.device_index;
+  problem.deterministic = raw.deterministic != 0;
 
   read_shapes(in, problem);
   for (const Named* named : {&in.q, &in.k, &in.v}) check_last_dim_contiguous(*named);
@@ -365,15 +398,34 @@ Problem validate(const anyflash_problem& raw) {
   check_window(raw.window_right, "window_right");
   problem.mask = normal_form(raw.window_left, raw.window_right, raw.causal != 0, problem.seqlen_q,
                              problem.seqlen_k);
-  read_outputs(in, problem);
 
-  problem.q = view_of(raw.q, problem.packed);
-  problem.k = view_of(raw.k, problem.packed);
-  problem.v = view_of(raw.v, problem.packed);
-  problem.aligned = rows_on_16_bytes(raw.q) && rows_on_16_bytes(raw.k) && rows_on_16_bytes(raw.v);
-  if (in.o.present()) {
-    problem.o = view_of(raw.o, problem.packed);
-    problem.aligned = problem.aligned && rows_on_16_bytes(raw.o);
+  read_o_and_lse(in, problem);
+  const std::array inputs = {&in.q,            &in.k,         &in.v,        &in.alibi_slopes,
+                             &in.cu_seqlens_q, &in.cu_seqlens_k, &in.seqused_q, &in.seqused_k};
+  if (problem.op == ANYFLASH_FORWARD) {
+    check_outputs(std::array{&in.o, &in.lse}, inputs);
+  } else {
+    read_gradients(in, problem);
+    const std::array outputs = {&in.dq, &in.dk, &in.dv};
+    check_outputs(outputs, inputs);
+    check_outputs(outputs, std::array{&in.o, &in.lse, &in.dout, &in.dlse});
+  }
+
+  problem.aligned = true;
+  const auto view = [&](const Named& named) {
+    if (!named.present()) return View{};
+    problem.aligned = problem.aligned && rows_on_16_bytes(named.tensor);
+    return view_of(named.tensor, problem.packed);
+  };
+  problem.q = view(in.q);
+  problem.k = view(in.k);
+  problem.v = view(in.v);
+  problem.o = view(in.o);
+  if (problem.op == ANYFLASH_BACKWARD) {
+    problem.dout = view(in.dout);
+    problem.dq = view(in.dq);
+    problem.dk = view(in.dk);
+    problem.dv_out = view(in.dv);
   }
   return problem;
 }

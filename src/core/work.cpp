@@ -40,10 +40,18 @@ Work work_of(const Problem& p) {
     work.pairs = static_cast<double>(p.batch) * visible_pairs(p.seqlen_q, p.seqlen_k, p.mask);
   }
   work.pairs *= heads;
-  work.flops = 2 * work.pairs * static_cast<double>(p.d + p.dv);
-  const auto row_bytes = static_cast<double>((p.d + p.dv) * size_of(p.dtype));
-  work.bytes = (rows_q * heads + rows_k * static_cast<double>(p.heads_k)) * row_bytes;
-  if (p.want_lse) work.bytes += 4 * rows_q * heads;
+  const auto d = static_cast<double>(p.d), dv = static_cast<double>(p.dv);
+  const auto row_bytes = (d + dv) * static_cast<double>(size_of(p.dtype));
+  const double rows = rows_q * heads + rows_k * static_cast<double>(p.heads_k);
+  if (p.op == ANYFLASH_FORWARD) {
+    work.flops = 2 * work.pairs * (d + dv); // S, O
+    work.bytes = rows * row_bytes;
+    if (p.want_lse) work.bytes += 4 * rows_q * heads;
+  } else {
+    work.flops = 2 * work.pairs * (3 * d + 2 * dv); // S, dP, dV, dK, dQ
+    // q, k, v, o, dO in; dQ, dK, dV out
+    work.bytes = 2 * rows * row_bytes + 4 * rows_q * heads * (p.has_dlse ? 2 : 1);
+  }
   return work;
 }
 

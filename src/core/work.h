@@ -11,8 +11,8 @@ double visible_pairs(int64_t seqlen_q, int64_t seqlen_k, const Mask& mask);
 
 struct Work {
   double pairs = 0;  // over all sequences and query heads
-  double flops = 0;  // 2 (d + dv) a pair
-  double bytes = 0;  // q, k, v, O and L, each once
+  double flops = 0;  // a pair: 2 (d + dv), in the backward 2 (3 d + 2 dv)
+  double bytes = 0;  // inputs and outputs, each once
   bool exact = true; // false: packed lengths on a GPU, counted as the stated maxima
 };
 

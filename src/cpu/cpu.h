@@ -22,8 +22,15 @@ Tiling tiling(const Problem& problem);
 /// O and L of the problem by the tiled algorithm. fp32, fp16, bf16. Returns when done.
 void forward(const Problem& problem, const Tiling& tiling);
 
+/// dQ, dK and dV of the problem by the tiled algorithm. fp32, fp16, bf16. Returns when done.
+void backward(const Problem& problem, const Tiling& tiling);
+
 /// O and L by the plain formula in double: the oracle. All dtypes, also fp64.
 void reference(const Problem& problem);
+
+/// dQ, dK and dV by the plain formula in double. Reads neither o nor lse: everything is computed
+/// anew from q, k, v. All dtypes, also fp64.
+void reference_backward(const Problem& problem);
 
 /// Instruction sets this machine can run, best first ("avx512", "avx2", "neon", "scalar").
 std::vector<std::string> instruction_sets();

@@ -158,7 +158,11 @@ CaseProblem::CaseProblem(const Case& c, DType type, DType values_of)
         layout_of(c, 'k')),
       v(type, k.batch, k.rows, c.heads_k, c.dv, layout_of(c, 'v')),
       o(type, q.batch, q.rows, c.heads, c.dv, layout_of(c, 'o')),
-      lse(static_cast<size_t>(q.batch * q.rows * c.heads)), cu_q(cumulative(c, &Lengths::q)),
+      dout(type, q.batch, q.rows, c.heads, c.dv, layout_of(c, 'o')),
+      dq(type, q.batch, q.rows, c.heads, c.d, layout_of(c, 'o')),
+      dk(type, k.batch, k.rows, c.heads_k, c.d, layout_of(c, 'o')),
+      dv(type, k.batch, k.rows, c.heads_k, c.dv, layout_of(c, 'o')),
+      lse(static_cast<size_t>(q.batch * q.rows * c.heads)), dlse(lse.size()), cu_q(cumulative(c, &Lengths::q)),
       cu_k(cumulative(c, &Lengths::k)) {
   std::mt19937 random(static_cast<uint32_t>(std::hash<std::string>()(c.name)));
   fill(q, c, 'q', values_of, random);
@@ -172,11 +176,16 @@ CaseProblem::CaseProblem(const Case& c, DType type, DType values_of)
   if (!c.alibi.empty())
     slopes.resize(static_cast<size_t>(c.heads * (c.alibi == "h" ? 1 : c.batch)));
   for (float& slope : slopes) slope = std::uniform_real_distribution<float>(0.01f, 0.5f)(random);
+  for (float& x : dlse) x = std::normal_distribution<float>()(random);
+  for (int64_t i = 0; i < dout.elements(); ++i)
+    dout.set(i, rounded(std::normal_distribution<double>()(random), values_of));
+  if (!c.packed.empty()) poison_unused(dout, c, &Lengths::q, c.seqused_q);
   poison();
 }
 
 void CaseProblem::poison() {
-  for (int64_t i = 0; i < o.elements(); ++i) o.set(i, nan);
+  for (Strided* output : {&o, &dq, &dk, &dv})
+    for (int64_t i = 0; i < output->elements(); ++i) output->set(i, nan);
   std::fill(lse.begin(), lse.end(), static_cast<float>(nan));
 }
 
@@ -219,15 +228,36 @@ Problem CaseProblem::problem() {
   return p;
 }
 
-bool CaseProblem::overwritten() const {
-  std::vector<bool> outside(static_cast<size_t>(o.elements()), true);
-  for (int64_t b = 0; b < o.batch; ++b)
-    for (int64_t row = 0; row < o.rows; ++row)
-      for (int64_t head = 0; head < o.heads; ++head)
-        for (int64_t e = 0; e < o.d; ++e) outside[o.at(b, row, head, e)] = false;
-  for (int64_t i = 0; i < o.elements(); ++i)
-    if (outside[i] && !std::isnan(o.get(i))) return true;
+Problem CaseProblem::backward_problem() {
+  Problem p = problem();
+  p.op = ANYFLASH_BACKWARD;
+  p.dout = dout.view();
+  p.dq = dq.view();
+  p.dk = dk.view();
+  p.dv_out = dv.view();
+  p.dlse = dlse.data();
+  p.has_dlse = true;
+  return p;
+}
+
+namespace {
+
+/// True if memory that belongs to no element is not NaN any more.
+bool written_outside(const Strided& t) {
+  std::vector<bool> outside(static_cast<size_t>(t.elements()), true);
+  for (int64_t b = 0; b < t.batch; ++b)
+    for (int64_t row = 0; row < t.rows; ++row)
+      for (int64_t head = 0; head < t.heads; ++head)
+        for (int64_t e = 0; e < t.d; ++e) outside[t.at(b, row, head, e)] = false;
+  for (int64_t i = 0; i < t.elements(); ++i)
+    if (outside[i] && !std::isnan(t.get(i))) return true;
   return false;
+}
+
+} // namespace
+
+bool CaseProblem::overwritten() const {
+  return written_outside(o) || written_outside(dq) || written_outside(dk) || written_outside(dv);
 }
 
 namespace {

@@ -38,16 +38,20 @@ struct CaseProblem {
   /// The problem on these tensors: valid while this object stays where it is.
   Problem problem();
 
-  /// NaN into O and L.
+  /// The backward on these tensors; o and lse must hold what a forward wrote.
+  Problem backward_problem();
+
+  /// NaN into O and L, and into the gradients.
   void poison();
 
-  /// True if memory of O that belongs to no element was written.
+  /// True if memory of O or of a gradient that belongs to no element was written.
   bool overwritten() const;
 
   Case test_case;
   DType dtype;
   Strided q, k, v, o;
-  std::vector<float> lse, slopes;
+  Strided dout, dq, dk, dv;
+  std::vector<float> lse, dlse, slopes;
   std::vector<int32_t> cu_q, cu_k;
 };
 

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <limits>
+#include <random>
 
 #include "case_problem.h"
 #include "cpu/cpu.h"
@@ -156,6 +157,148 @@ TEST(Reference, PackedSequencesAreTheirOwnProblems) {
     first_k += shape.packed[b].k;
   }
   EXPECT_FALSE(packed.overwritten());
+}
+
+// Gradients
+
+/// A direction in the space of q, k, v: their values move along it.
+struct Direction {
+  std::vector<double> q, k, v;
+
+  explicit Direction(const CaseProblem& c, uint32_t seed) {
+    std::mt19937 random(seed);
+    std::normal_distribution<double> normal;
+    const std::pair<const Strided*, std::vector<double>*> parts[] = {
+        {&c.q, &q}, {&c.k, &k}, {&c.v, &v}};
+    for (const auto& [tensor, values] : parts) {
+      values->resize(static_cast<size_t>(tensor->elements()));
+      for (double& x : *values) x = normal(random);
+    }
+  }
+
+  /// c's inputs plus t of this direction.
+  void move(CaseProblem& c, double t) const {
+    const std::pair<Strided*, const std::vector<double>*> parts[] = {
+        {&c.q, &q}, {&c.k, &k}, {&c.v, &v}};
+    for (const auto& [tensor, values] : parts)
+      for (int64_t i = 0; i < tensor->elements(); ++i)
+        tensor->set(i, tensor->get(i) + t * (*values)[i]);
+  }
+};
+
+/// sum of x y over the elements of a tensor.
+double dot(const Strided& x, const std::vector<double>& y) {
+  double sum = 0;
+  for (int64_t b = 0; b < x.batch; ++b)
+    for (int64_t row = 0; row < x.rows; ++row)
+      for (int64_t head = 0; head < x.heads; ++head)
+        for (int64_t e = 0; e < x.d; ++e) {
+          const int64_t at = x.at(b, row, head, e);
+          if (!std::isnan(x.get(at))) sum += x.get(at) * y[at]; // rows after the packed ones
+        }
+  return sum;
+}
+
+/// The loss whose gradients are dout and dlse: of O, and of L.
+struct Loss {
+  double of_o = 0, of_lse = 0;
+};
+
+Loss loss_at(CaseProblem c, const Direction& direction, double t) {
+  direction.move(c, t);
+  cpu::reference(c.problem());
+  Loss loss;
+  for (int64_t b = 0; b < c.o.batch; ++b)
+    for (int64_t row = 0; row < c.o.rows; ++row)
+      for (int64_t head = 0; head < c.o.heads; ++head)
+        for (int64_t e = 0; e < c.o.d; ++e) {
+          const double weight = c.dout.get(c.dout.at(b, row, head, e));
+          if (!std::isnan(weight)) loss.of_o += weight * c.o.get(c.o.at(b, row, head, e));
+        }
+  for (size_t i = 0; i < c.lse.size(); ++i)
+    if (std::isfinite(c.lse[i])) loss.of_lse += c.dlse[i] * static_cast<double>(c.lse[i]);
+  return loss;
+}
+
+/// The derivative along the direction by a central difference of fourth order.
+Loss difference(const CaseProblem& c, const Direction& direction, double step) {
+  const auto at = [&](double t) { return loss_at(c, direction, t); };
+  const Loss far_left = at(-2 * step), left = at(-step), right = at(step), far_right = at(2 * step);
+  const auto quotient = [&](double Loss::* part) {
+    return (8 * (right.*part - left.*part) - (far_right.*part - far_left.*part)) / (12 * step);
+  };
+  return {quotient(&Loss::of_o), quotient(&Loss::of_lse)};
+}
+
+Problem without_gradient_of_lse(Problem p) {
+  p.dlse = nullptr;
+  return p;
+}
+
+double derivative_along(CaseProblem& c, const Direction& direction, const Problem& p) {
+  cpu::reference_backward(p);
+  return dot(c.dq, direction.q) + dot(c.dk, direction.k) + dot(c.dv, direction.v);
+}
+
+/// Cases that a finite difference can judge: every option and layout, small.
+std::vector<Case> smooth_cases() {
+  std::vector<Case> chosen;
+  for (const Case& shape : cases()) {
+    const int64_t pairs = int64_t{shape.q} * shape.k * shape.heads * shape.batch;
+    if (shape.values == "normal" && pairs <= 20000 && shape.layout != "broadcast")
+      chosen.push_back(shape);
+  }
+  return chosen;
+}
+
+TEST(ReferenceBackward, AgreesWithFiniteDifferences) {
+  const std::vector<Case> shapes = smooth_cases();
+  ASSERT_GT(shapes.size(), 20u);
+  for (const Case& shape : shapes) {
+    CaseProblem c(shape, DType::float64);
+    const Problem p = c.backward_problem();
+    for (uint32_t seed = 1; seed <= 2; ++seed) {
+      const Direction direction(c, seed);
+      const double of_o = derivative_along(c, direction, without_gradient_of_lse(p));
+      const double of_lse = derivative_along(c, direction, p) - of_o;
+      // O is computed in double; L is stored as a float, so that its difference needs a wide step.
+      const double fine = difference(c, direction, 1e-4).of_o;
+      const double coarse = difference(c, direction, 0.02).of_lse;
+      EXPECT_NEAR(of_o, fine, 1e-6 * (1 + std::abs(fine))) << shape.name;
+      EXPECT_NEAR(of_lse, coarse, 3e-3 * (1 + std::abs(coarse))) << shape.name;
+    }
+    EXPECT_FALSE(c.overwritten()) << shape.name;
+  }
+}
+
+TEST(ReferenceBackward, EveryOptionIsAmongTheCasesThatAreDifferentiated) {
+  bool softcap = false, alibi = false, window = false, causal = false, gqa = false, packed = false,
+       used = false, dv = false, no_key = false;
+  for (const Case& c : smooth_cases()) {
+    softcap |= c.softcap > 0;
+    alibi |= !c.alibi.empty();
+    window |= c.window_left.has_value();
+    causal |= c.causal;
+    gqa |= c.heads != c.heads_k;
+    packed |= !c.packed.empty();
+    used |= !c.seqused_k.empty();
+    dv |= c.d != c.dv;
+    no_key |= c.causal && c.q > c.k;
+  }
+  EXPECT_TRUE(softcap && alibi && window && causal && gqa && packed && used && dv && no_key)
+      << softcap << alibi << window << causal << gqa << packed << used << dv << no_key;
+}
+
+TEST(ReferenceBackward, WhatSeesNothingHasGradientZero) {
+  Case shape = make_case(4, 5, 2); // bottom-right: queries 0, 1, 2 see nothing
+  shape.causal = true;
+  CaseProblem c(shape, DType::float32);
+  cpu::reference_backward(c.backward_problem());
+  for (int64_t i = 0; i < 5; ++i)
+    for (int64_t e = 0; e < 4; ++e) {
+      const double dq = c.dq.get(c.dq.at(0, i, 0, e));
+      EXPECT_TRUE(i < 3 ? dq == 0 : std::isfinite(dq)) << i;
+    }
 }
 
 } // namespace

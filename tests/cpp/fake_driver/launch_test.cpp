@@ -55,6 +55,7 @@ anyflash_plan plan_of(const Row& row, int device) {
   plan.device.index = device;
   plan.launch_count = 1;
   plan.launches[0] = {row.id,
+                      ANYFLASH_KERNEL,
                       {64, 1, 1},
                       static_cast<uint32_t>(row.threads()),
                       static_cast<uint32_t>(row.shared_bytes())};
