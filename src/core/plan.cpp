@@ -120,8 +120,7 @@ anyflash_plan plan_on_gpu(const Problem& problem, const anyflash_device& device)
   if (!row)
     throw NotSupported(
         "asked: " + std::string(op_name(problem.op)) + " of " + dtype_name(problem.dtype) +
-        " with head dims " +
-        to_string(problem.d) + "x" + to_string(problem.dv) + " on " + gpu +
+        " with head dims " + to_string(problem.d) + "x" + to_string(problem.dv) + " on " + gpu +
         "; available there: head dims up to " + available_on(problem, device) +
         "; missing: a row of the kernel table that holds this problem" +
         (why_not_plain(problem).empty() ? ""

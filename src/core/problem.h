@@ -65,7 +65,7 @@ struct Problem {
   bool want_lse = false;
 
   // The backward; o and lse are inputs there.
-  View dout, dq, dk, dv_out; // dv_out: the gradient of v
+  View dout, dq, dk, dv_out;   // dv_out: the gradient of v
   const float* dlse = nullptr; // like lse; null: 0
   bool has_dlse = false;
   bool deterministic = false; // of dq; all else always is

@@ -400,8 +400,9 @@ Problem validate(const anyflash_problem& raw) {
                              problem.seqlen_k);
 
   read_o_and_lse(in, problem);
-  const std::array inputs = {&in.q,            &in.k,         &in.v,        &in.alibi_slopes,
-                             &in.cu_seqlens_q, &in.cu_seqlens_k, &in.seqused_q, &in.seqused_k};
+  const std::array inputs = {
+      &in.q,         &in.k,        &in.v, &in.alibi_slopes, &in.cu_seqlens_q, &in.cu_seqlens_k,
+      &in.seqused_q, &in.seqused_k};
   if (problem.op == ANYFLASH_FORWARD) {
     check_outputs(std::array{&in.o, &in.lse}, inputs);
   } else {

@@ -49,8 +49,7 @@ struct Score {
 template <class T>
 Score score(const Problem& p, const ScoreRow<T>& row, int64_t j) {
   double s = 0;
-  for (int64_t e = 0; e < p.d; ++e)
-    s += to_double(row.q[e]) * to_double(row.k[j * p.k.row + e]);
+  for (int64_t e = 0; e < p.d; ++e) s += to_double(row.q[e]) * to_double(row.k[j * p.k.row + e]);
   s *= p.scale;
   double derivative = p.scale;
   if (p.softcap > 0) {
@@ -129,8 +128,7 @@ void reference_backward_row(const Problem& p, const Sequence& sequence, int64_t 
   double delta = 0;
   for (int64_t j = row.begin; j < row.end; ++j) {
     double& x = dp[j - row.begin];
-    for (int64_t e = 0; e < p.dv; ++e)
-      x += to_double(dout[e]) * to_double(row.v[j * p.v.row + e]);
+    for (int64_t e = 0; e < p.dv; ++e) x += to_double(dout[e]) * to_double(row.v[j * p.v.row + e]);
     delta += probability.p[j - row.begin] * x;
   }
   std::vector<double> dq(static_cast<size_t>(p.d), 0.0);

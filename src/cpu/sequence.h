@@ -14,9 +14,9 @@ struct Sequence {
       0; // rows of O and L that belong to it; those from seqlen_q on get O = 0, L = -inf
   int64_t q = 0, k = 0, v = 0, o = 0; // element offsets of its first row, head 0
   int64_t dout = 0, dq = 0, dk = 0, dv = 0;
-  int64_t rows_k = 0; // rows of dK and dV that belong to it; those from seqlen_k on get 0
-  int64_t lse = 0;                    // offset of its first row in L, head 0
-  int64_t lse_head = 0;               // elements between heads of L
+  int64_t rows_k = 0;   // rows of dK and dV that belong to it; those from seqlen_k on get 0
+  int64_t lse = 0;      // offset of its first row in L, head 0
+  int64_t lse_head = 0; // elements between heads of L
 };
 
 inline Sequence sequence_of(const Problem& problem, int64_t b) {

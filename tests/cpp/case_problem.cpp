@@ -162,8 +162,8 @@ CaseProblem::CaseProblem(const Case& c, DType type, DType values_of)
       dq(type, q.batch, q.rows, c.heads, c.d, layout_of(c, 'o')),
       dk(type, k.batch, k.rows, c.heads_k, c.d, layout_of(c, 'o')),
       dv(type, k.batch, k.rows, c.heads_k, c.dv, layout_of(c, 'o')),
-      lse(static_cast<size_t>(q.batch * q.rows * c.heads)), dlse(lse.size()), cu_q(cumulative(c, &Lengths::q)),
-      cu_k(cumulative(c, &Lengths::k)) {
+      lse(static_cast<size_t>(q.batch * q.rows * c.heads)), dlse(lse.size()),
+      cu_q(cumulative(c, &Lengths::q)), cu_k(cumulative(c, &Lengths::k)) {
   std::mt19937 random(static_cast<uint32_t>(std::hash<std::string>()(c.name)));
   fill(q, c, 'q', values_of, random);
   fill(k, c, 'k', values_of, random);
