@@ -35,6 +35,13 @@ def _first_forward(*arguments: Any) -> Any:
 forward: Callable[..., Any] = _first_forward
 
 
+def compute(*arguments: Any) -> Any:
+    """A forward of plain memory: what `forward` does beside gradients."""
+    from . import _call
+
+    return _call.compute(*arguments)
+
+
 def backward(*arguments: Any) -> Any:
     """The gradients from the positions of `_call.BackwardArguments`."""
     from . import _call

@@ -139,8 +139,10 @@ def _refuse_gradients(arguments: Arguments | BackwardArguments) -> None:
         tensor = getattr(arguments, name)
         if tensor is not None and adapter_of(tensor, name).needs_grad(tensor):
             raise NotImplementedError(
-                f"asked: gradients ({name}.requires_grad is True); available: the forward; "
-                "missing: the backward: call it under torch.no_grad(), or detach the tensors"
+                f"asked: gradients through a function that has none ({name}.requires_grad is "
+                "True); available: gradients of attention and attention_varlen by q, k and v, if "
+                "q is a torch tensor; missing: this one: call it under torch.no_grad(), or detach "
+                "the tensors"
             )
 
 
@@ -198,7 +200,16 @@ def _allocate(
 
 
 def forward(*positional: Any) -> Any:
-    """O, or (O, L). Everything is validated before the first allocation."""
+    """O, or (O, L), with gradients where q's library has them."""
+    arguments = Arguments(*positional)
+    routed = adapter_of(arguments.q, "q").route(arguments)
+    if routed is not None:
+        return routed(arguments)
+    return compute(*positional)
+
+
+def compute(*positional: Any) -> Any:
+    """O, or (O, L), without gradients. Everything is validated before the first allocation."""
     arguments = Arguments(*positional)
     inputs, out, options, adapter, q, v = _read(arguments)
     _library.make_plan(_problem(inputs, out, None, options), None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import sys
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 from ._library import CPU, CUDA, DTYPES, FLOAT32
 
@@ -45,6 +45,11 @@ class Adapter:
 
     def needs_grad(self, tensor: Any) -> bool:
         return False
+
+    def route(self, arguments: Any) -> Callable[[Any], Any] | None:
+        """Who takes a forward (`_call.Arguments`) instead, where the library's own machinery has to
+        see it."""
+        return None
 
     def deterministic(self) -> bool:
         """The library's global switch."""
@@ -130,6 +135,14 @@ class Torch(Adapter):
 
     def needs_grad(self, tensor: Any) -> bool:
         return bool(tensor.requires_grad and self.torch.is_grad_enabled())
+
+    def route(self, arguments: Any) -> Callable[[Any], Any] | None:
+        for tensor in arguments[:3]:  # q, k, v
+            if isinstance(tensor, self.torch.Tensor) and self.needs_grad(tensor):
+                from .torch import _autograd
+
+                return _autograd.forward
+        return None
 
     def deterministic(self) -> bool:
         return bool(self.torch.are_deterministic_algorithms_enabled())

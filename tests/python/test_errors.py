@@ -666,10 +666,11 @@ def test_torch_refusals(binding):
     torch = pytest.importorskip("torch", reason="torch is not installed")
     q = torch.zeros(1, 8, 2, 64)
     with pytest.raises(NotImplementedError) as caught:
-        anyflash.attention(q.clone().requires_grad_(), q, q)
+        anyflash.reference(q.clone().requires_grad_(), q, q)
     assert str(caught.value) == (
-        "asked: gradients (q.requires_grad is True); available: the forward; missing: the "
-        "backward: call it under torch.no_grad(), or detach the tensors"
+        "asked: gradients through a function that has none (q.requires_grad is True); available: "
+        "gradients of attention and attention_varlen by q, k and v, if q is a torch tensor; "
+        "missing: this one: call it under torch.no_grad(), or detach the tensors"
     )
     with torch.no_grad():
         anyflash.attention(q.clone().requires_grad_(), q, q)
