@@ -14,7 +14,7 @@ if not hasattr(torch.library, "get_kernel"):
     pytest.skip("this torch has no torch.library.get_kernel", allow_module_level=True)
 
 from anyflash import _sdpa, api
-from anyflash._sdpa import disable_sdpa, enable_sdpa, explain_sdpa, sdpa, sdpa_enabled
+from anyflash.torch import disable_sdpa, enable_sdpa, explain_sdpa, sdpa, sdpa_enabled
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def test_a_plan_that_is_refused_falls_through(calls, monkeypatch):
 
 def test_import_enables_nothing():
     code = (
-        "import torch, anyflash._sdpa as sdpa; assert not sdpa.sdpa_enabled();"
+        "import torch, anyflash.torch as ours; assert not ours.sdpa_enabled();"
         "assert torch.nn.attention.current_flash_attention_impl() is None;"
         "assert 'anyflash' in torch.nn.attention.list_flash_attention_impls()"
     )
