@@ -1,7 +1,7 @@
 // AVX2, FMA and F16C: 8 floats a vector, 16 registers.
 #include <immintrin.h>
 
-#include "cpu/flash.h"
+#include "cpu/instruction_set.h"
 #include "cpu/x86.h"
 
 namespace anyflash::cpu {
@@ -94,11 +94,6 @@ struct Avx2 {
 
 } // namespace
 
-const InstructionSet avx2 = {"avx2",
-                             x86_has_avx2,
-                             forward<Avx2, Float16>,
-                             forward<Avx2, BFloat16>,
-                             forward<Avx2, float>,
-                             scratch_floats<Avx2>};
+const InstructionSet avx2 = instruction_set<Avx2>("avx2", x86_has_avx2);
 
 } // namespace anyflash::cpu

@@ -1,7 +1,7 @@
 // AVX-512 F, BW, DQ and VL: 16 floats a vector, 32 registers.
 #include <immintrin.h>
 
-#include "cpu/flash.h"
+#include "cpu/instruction_set.h"
 #include "cpu/x86.h"
 
 namespace anyflash::cpu {
@@ -95,11 +95,6 @@ struct Avx512 {
 
 } // namespace
 
-const InstructionSet avx512 = {"avx512",
-                               x86_has_avx512,
-                               forward<Avx512, Float16>,
-                               forward<Avx512, BFloat16>,
-                               forward<Avx512, float>,
-                               scratch_floats<Avx512>};
+const InstructionSet avx512 = instruction_set<Avx512>("avx512", x86_has_avx512);
 
 } // namespace anyflash::cpu

@@ -11,12 +11,13 @@ namespace anyflash::cpu {
 constexpr int strip_rows = 24;
 constexpr int block_keys = 128;
 
-/// Up to strip_rows consecutive queries of one head. Row r is query first + r.
-struct Strip {
-  const void* q;  // row 0
-  void* o;        // row 0; not used when the keys are split
-  float* lse;     // row 0, contiguous; null: not wanted
-  float* partial; // row 0 of [rows, dv + 2]: O not divided by l, then m and l; null: not split
+/// The same for the backward, whose products all read and write a whole tile of queries by keys: a
+/// multiple of every panel and register tile, so that no product has a rest.
+constexpr int gradient_rows = 96;
+constexpr int gradient_keys = 96;
+
+/// Consecutive queries of one head, and the keys that they see. Row r is query first + r.
+struct Queries {
   int64_t visible_begin; // row r sees keys [visible_begin + r, visible_end + r) of [0, seqlen_k)
   int64_t visible_end;
   int64_t diagonal; // row r is aligned with key diagonal + r
@@ -24,6 +25,14 @@ struct Strip {
   int key_begin, key_end;   // keys that some row sees; equal: none
   int full_begin, full_end; // keys that every row sees
   float slope;              // ALiBi
+};
+
+/// Up to strip_rows queries of the forward.
+struct Strip : Queries {
+  const void* q;  // row 0
+  void* o;        // row 0; not used when the keys are split
+  float* lse;     // row 0, contiguous; null: not wanted
+  float* partial; // row 0 of [rows, dv + 2]: O not divided by l, then m and l; null: not split
 };
 
 /// One task: strips that share their keys, in one sequence and one key head.
@@ -41,15 +50,53 @@ struct Block {
   bool alibi;
 };
 
+/// Up to gradient_rows queries of the backward.
+struct GradientStrip : Queries {
+  const void *q, *o, *dout; // row 0
+  const float *lse, *dlse;  // row 0, contiguous; dlse null: 0
+  void* dq;                 // row 0
+};
+
+/// One task of the backward: strips and all keys of one key head in one sequence.
+struct GradientBlock {
+  const GradientStrip* strips;
+  int strip_count;
+  const void *k, *v; // key 0
+  void *dk, *dv;     // key 0; not used when the queries are split
+  float* partial; // key 0 of [rows_k, d + dv]: what these strips add to dK and dV; null: not split
+  int64_t q_row, k_row, v_row, o_row, dout_row, dq_row, dk_row, dv_row; // elements between rows
+  int d, head_dim_v;
+  int seqlen_k; // keys that may be seen
+  int rows_k;   // rows of dK and dV; those from seqlen_k on get 0
+  float scale;
+  float softcap; // 0: off
+  bool alibi;
+};
+
+/// Rows of dK or dV as sums of partial results, in order.
+struct PartialRows {
+  const float* partial; // row 0, column 0 of the first part
+  int64_t part, row;    // floats between parts, between rows
+  int parts, rows, columns;
+  void* to;       // row 0
+  int64_t to_row; // elements
+};
+
+/// What is compiled once for each instruction set and dtype.
+struct Kernels {
+  void (*forward)(const Block& block, float* scratch);
+  void (*backward)(const GradientBlock& block, float* scratch);
+  void (*merge_gradients)(const PartialRows& rows);
+};
+
 /// The tiled algorithm compiled for one instruction set.
 struct InstructionSet {
-  using Forward = void (*)(const Block& block, float* scratch);
-
   const char* name;
   bool (*available)(); // what the processor and the operating system say
-  Forward float16, bfloat16, float32;
-  /// Floats of scratch that a block needs.
-  int64_t (*scratch)(int strips, int d, int dv);
+  Kernels float16, bfloat16, float32;
+  /// Floats of scratch that a task needs.
+  int64_t (*forward_scratch)(int strips, int d, int dv);
+  int64_t (*backward_scratch)(int strips, int d, int dv);
 };
 
 extern const InstructionSet scalar;

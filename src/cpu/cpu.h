@@ -13,10 +13,12 @@ namespace anyflash::cpu {
 struct Tiling {
   int Br = 0;     // query rows a block
   int Bc = 0;     // keys a block
-  int splits = 1; // parts that the keys of a query block are split into; merged in order by their
-                  // log-sum-exp
+  int splits = 1; // forward: parts that the keys of a query block are split into, merged in order
+                  // by their log-sum-exp; backward: parts that the queries of a key head are split
+                  // into, whose shares of dK and dV are summed in order
 };
 
+/// The tiling of the problem's operation.
 Tiling tiling(const Problem& problem);
 
 /// O and L of the problem by the tiled algorithm. fp32, fp16, bf16. Returns when done.

@@ -11,14 +11,12 @@
 #include "cpu/dispatch.h"
 #include "cpu/pool.h"
 #include "cpu/sequence.h"
-#include "cuda/attn/key_blocks.h"
+#include "cpu/strips.h"
 
 namespace anyflash::cpu {
 namespace {
 
 constexpr int most_strips = 12; // of a task: its Q and O stay in the second-level cache
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /// How the strips of the query heads that share a key head are dealt out to tasks: either each head
 /// gives several tasks, or several short heads make one, so that packed keys serve as many queries
@@ -51,11 +49,8 @@ struct Item {
 class Forward {
 public:
   Forward(const Problem& problem, const Tiling& tiling)
-      : problem_(problem), tiling_(tiling), set_(chosen_instruction_set()) {
-    kernel_ = problem.dtype == DType::float16    ? set_.float16
-              : problem.dtype == DType::bfloat16 ? set_.bfloat16
-                                                 : set_.float32;
-  }
+      : problem_(problem), tiling_(tiling), set_(chosen_instruction_set()),
+        kernel_(kernels_for(set_, problem.dtype).forward) {}
 
   void run() {
     make_items();
@@ -90,48 +85,21 @@ private:
     for (int64_t head = first_head; head < last_head; ++head)
       for (int64_t n = first; n < last; ++n) {
         const int64_t h = item.h_k * problem_.group() + head;
-        strips[count++] =
-            n < used_strips
-                ? make_strip(sequence, item.b, h, n * strip_rows)
-                : make_unused(sequence, h, sequence.seqlen_q + (n - used_strips) * strip_rows);
+        const int64_t row =
+            n < used_strips ? n * strip_rows : sequence.seqlen_q + (n - used_strips) * strip_rows;
+        strips[count++] = make_strip(sequence, item.b, h, row);
       }
     return count;
   }
 
-  /// Queries [first, first + strip_rows) of head h, and the keys they see.
+  /// Queries [first, first + strip_rows) of head h in sequence b.
   Strip make_strip(const Sequence& sequence, int64_t b, int64_t h, int64_t first) const {
-    const auto& mask = problem_.mask;
-    Strip strip = place(sequence, h, first);
-    strip.rows = static_cast<int>(std::min<int64_t>(strip_rows, sequence.seqlen_q - first));
-    strip.diagonal = first + sequence.seqlen_k - sequence.seqlen_q;
-    strip.visible_begin = strip.diagonal - mask.left;
-    strip.visible_end = strip.diagonal + mask.right + 1;
-    const KeyBlocks keys =
-        key_blocks(static_cast<int>(first), strip.rows, 1, static_cast<int>(sequence.seqlen_q),
-                   static_cast<int>(sequence.seqlen_k), static_cast<int>(mask.left),
-                   static_cast<int>(mask.right));
-    strip.key_begin = keys.begin;
-    strip.key_end = keys.end;
-    strip.full_begin = keys.full_begin;
-    strip.full_end = keys.full_end;
-    strip.slope =
-        problem_.alibi_slopes ? problem_.alibi_slopes[b * problem_.alibi_batch + h] : 0.0f;
-    return strip;
-  }
-
-  /// Rows past seqused: they see nothing.
-  Strip make_unused(const Sequence& sequence, int64_t h, int64_t first) const {
-    Strip strip = place(sequence, h, first);
-    strip.rows = static_cast<int>(std::min<int64_t>(strip_rows, sequence.rows_q - first));
-    return strip;
-  }
-
-  Strip place(const Sequence& sequence, int64_t h, int64_t first) const {
-    const int64_t size = size_of(problem_.dtype);
-    const View &q = problem_.q, &o = problem_.o;
     Strip strip{};
-    strip.q = static_cast<const char*>(q.data) + (sequence.q + first * q.row + h * q.head) * size;
-    strip.o = static_cast<char*>(o.data) + (sequence.o + first * o.row + h * o.head) * size;
+    static_cast<Queries&>(strip) = first < sequence.seqlen_q
+                                       ? used_queries(problem_, sequence, b, h, first, strip_rows)
+                                       : unused_queries(sequence, first, strip_rows);
+    strip.q = row_of(problem_, problem_.q, sequence.q, first, h);
+    strip.o = row_of(problem_, problem_.o, sequence.o, first, h);
     if (problem_.lse) strip.lse = problem_.lse + sequence.lse + h * sequence.lse_head + first;
     return strip;
   }
@@ -169,11 +137,8 @@ private:
     Block block{};
     block.strips = strips;
     block.strip_count = make_strips(item, sequence, strips);
-    const int64_t size = size_of(problem_.dtype);
-    block.k = static_cast<const char*>(problem_.k.data) +
-              (sequence.k + item.h_k * problem_.k.head) * size;
-    block.v = static_cast<const char*>(problem_.v.data) +
-              (sequence.v + item.h_k * problem_.v.head) * size;
+    block.k = row_of(problem_, problem_.k, sequence.k, 0, item.h_k);
+    block.v = row_of(problem_, problem_.v, sequence.v, 0, item.h_k);
     block.q_row = problem_.q.row;
     block.k_row = problem_.k.row;
     block.v_row = problem_.v.row;
@@ -190,7 +155,7 @@ private:
       for (int i = 0; i < block.strip_count; ++i)
         strips[i].partial = partial + i * strip_rows * (problem_.dv + 2);
     }
-    kernel_(block, scratch.floats(set_.scratch(block.strip_count, block.d, block.dv)));
+    kernel_(block, scratch.floats(set_.forward_scratch(block.strip_count, block.d, block.dv)));
   }
 
   /// The keys that any strip sees; of these, the item's split in whole blocks.
@@ -259,14 +224,14 @@ private:
   const Problem& problem_;
   const Tiling tiling_;
   const InstructionSet& set_;
-  InstructionSet::Forward kernel_;
+  void (*const kernel_)(const Block& block, float* scratch);
   std::vector<Item> items_;
   std::unique_ptr<float[]> partials_; // [items][Br][dv + 2] when the keys are split
 };
 
 } // namespace
 
-Tiling tiling(const Problem& problem) {
+Tiling forward_tiling(const Problem& problem) {
   constexpr int64_t enough_blocks = 16, enough_tasks = 32; // to keep a few threads busy
   constexpr int64_t least_keys = 512;                      // of a split
   const auto blocks = [&](int Br) {
@@ -283,6 +248,10 @@ Tiling tiling(const Problem& problem) {
       std::min(ceil_div(enough_tasks, blocks(tiling.Br)), problem.seqlen_k / least_keys), 1,
       enough_tasks));
   return tiling;
+}
+
+Tiling tiling(const Problem& problem) {
+  return problem.op == ANYFLASH_FORWARD ? forward_tiling(problem) : backward_tiling(problem);
 }
 
 void forward(const Problem& problem, const Tiling& tiling) {

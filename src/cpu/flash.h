@@ -1,9 +1,5 @@
-// FlashAttention-2 on a CPU, once for every instruction set. Each of scalar.cpp, avx2.cpp,
-// avx512.cpp and neon.cpp defines a Simd type and includes this file.
-//
-// NOTE: all of it is in an unnamed namespace, and it calls nothing that is inline elsewhere (not
-// even std::min): the linker keeps one copy of an inline function for the whole library, and that
-// copy might be the one with instructions that this machine lacks.
+// FlashAttention-2 on a CPU, once for every instruction set: the forward (Algorithm 1). Mind the
+// note in simd.h.
 #pragma once
 
 #include <cstdint>
@@ -11,75 +7,24 @@
 
 #include "cpu/block.h"
 #include "cpu/convert.h"
-
-#if defined(__clang__)
-#define ANYFLASH_UNROLL _Pragma("unroll")
-#elif defined(__GNUC__)
-#define ANYFLASH_UNROLL _Pragma("GCC unroll 32")
-#else
-#define ANYFLASH_UNROLL
-#endif
-#if defined(__GNUC__)
-#define ANYFLASH_INLINE __attribute__((always_inline)) inline
-#define ANYFLASH_NOINLINE __attribute__((noinline))
-#else
-#define ANYFLASH_INLINE __forceinline
-#define ANYFLASH_NOINLINE __declspec(noinline)
-#endif
+#include "cpu/panels.h"
+#include "cpu/simd.h"
+#include "cpu/tiles.h"
 
 namespace anyflash::cpu {
 namespace {
-
-constexpr float log2_e = 1.44269504088896341f;
-constexpr float ln_2 = 0.69314718055994531f;
-constexpr float infinity = __builtin_huge_valf();
-
-template <class T>
-constexpr T min(T a, T b) {
-  return a < b ? a : b;
-}
-template <class T>
-constexpr T max(T a, T b) {
-  return a > b ? a : b;
-}
-constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-/// 2^x for x <= 127; exactly 0 for x <= -127. x = i + f with |f| <= 1/2: 2^f by a polynomial whose
-/// constant term is exactly 1, and i is added to the exponent. Relative error 8.2e-8 (fine)
-/// or 3.7e-6 (enough where O has 16 bits). The polynomial goes by pairs (Estrin): its chain of
-/// dependent instructions, not their number, is what limits the speed.
-template <class Simd, bool fine>
-ANYFLASH_INLINE typename Simd::Vector exp2(typename Simd::Vector x) {
-  using Vector = typename Simd::Vector;
-  const auto set = [](float constant) { return Simd::set(constant); };
-  const Vector magic = set(12582912.0f); // 1.5 * 2^23: adding it rounds to an integer
-  x = Simd::max(set(-127.0f), x);        // in this order x86 keeps a NaN
-  const Vector shifted = Simd::add(x, magic);
-  const Vector f = Simd::sub(x, Simd::sub(shifted, magic));
-  const Vector f2 = Simd::multiply(f, f);
-  Vector p;
-  if constexpr (fine) {
-    const Vector low = Simd::multiply_add(f, set(2.40226528e-1f), set(6.93147215e-1f));
-    const Vector middle = Simd::multiply_add(f, set(9.61769297e-3f), set(5.55031055e-2f));
-    const Vector high = Simd::multiply_add(f, set(1.5594678e-4f), set(1.34066439e-3f));
-    p = Simd::multiply_add(Simd::multiply_add(high, f2, middle), f2, low);
-  } else {
-    const Vector low = Simd::multiply_add(f, set(2.40207111e-1f), set(6.93113604e-1f));
-    const Vector high = Simd::multiply_add(f, set(9.78291264e-3f), set(5.59768836e-2f));
-    p = Simd::multiply_add(high, f2, low);
-  }
-  return Simd::add_exponent(Simd::multiply_add(p, f, set(1.0f)), shifted);
-}
 
 /// The algorithm for tensors of T with vectors of Simd. Tiles in scratch are fp32; matrices that a
 /// register tile reads by its columns are stored in panels of that many columns.
 template <class Simd, class T>
 struct Flash {
   using Vector = typename Simd::Vector;
-  static constexpr int width = Simd::width;         // floats a vector
-  static constexpr int tile_rows = Simd::tile_rows; // register tile of the products
+  using Tile = Tiles<Simd>;
+  using Panel = Panels<Simd, T>;
+  static constexpr int width = Simd::width;
+  static constexpr int tile_rows = Simd::tile_rows;
   static constexpr int tile_vectors = Simd::tile_vectors;
-  static constexpr int panel = tile_vectors * width; // columns of a panel
+  static constexpr int panel = Tile::panel;
   static constexpr int padded_rows = round_up(strip_rows, width);
   static constexpr bool fine = sizeof(T) > 2; // precision of the exponential
   static_assert(strip_rows % tile_rows == 0 && block_keys % panel == 0);
@@ -122,14 +67,6 @@ struct Flash {
 
   // ---- Loading -------------------------------------------------------------------------------
 
-  /// The first n of width elements, zeros after them.
-  static Vector load_first(const T* x, int n) {
-    if (n >= width) return Simd::load(x);
-    T padded[width] = {};
-    for (int e = 0; e < n; ++e) padded[e] = x[e];
-    return Simd::load(padded);
-  }
-
   /// Q of a strip, transposed in groups of tile_rows rows.
   ANYFLASH_NOINLINE void pack_queries(const Strip& strip, float* packed) const {
     const T* q = static_cast<const T*>(strip.q);
@@ -140,48 +77,12 @@ struct Flash {
     }
   }
 
-  /// Keys [first, first + count) transposed into panels; keys up to the end of a panel are zero.
-  ANYFLASH_NOINLINE void pack_keys(int first, int count) const {
+  /// Keys and values [first, first + count): K transposed.
+  void pack(int first, int count) const {
     const T* k = static_cast<const T*>(block.k) + first * block.k_row;
-    float* packed = scratch + layout.k;
-    for (int j = 0; j < round_up(count, panel); j += width) {
-      float* to = packed + int64_t{j / panel} * panel * block.d + j % panel;
-      const int keys = max(0, min(width, count - j));
-      for (int e = 0; e < block.d; e += width) {
-        const int elements = min(width, block.d - e);
-        Vector square[width];
-        if (keys == width && elements == width) {
-          ANYFLASH_UNROLL for (int r = 0; r < width; ++r) square[r] =
-              Simd::load(k + (j + r) * block.k_row + e);
-        } else {
-          for (int r = 0; r < width; ++r)
-            square[r] =
-                r < keys ? load_first(k + (j + r) * block.k_row + e, elements) : Simd::set(0.0f);
-        }
-        Simd::transpose(square);
-        if (elements == width) {
-          ANYFLASH_UNROLL for (int r = 0; r < width; ++r)
-              Simd::store(to + (e + r) * panel, square[r]);
-        } else {
-          for (int r = 0; r < elements; ++r) Simd::store(to + (e + r) * panel, square[r]);
-        }
-      }
-    }
-  }
-
-  /// Values [first, first + count) into panels, zero past dv.
-  ANYFLASH_NOINLINE void pack_values(int first, int count) const {
     const T* v = static_cast<const T*>(block.v) + first * block.v_row;
-    const int whole = block.dv / width * width;
-    for (int j = 0; j < count; ++j, v += block.v_row) {
-      float* to = scratch + layout.v + j * panel;
-      const auto place = [&](int e) {
-        return to + int64_t{e / panel} * block_keys * panel + e % panel;
-      };
-      for (int e = 0; e < whole; e += width) Simd::store(place(e), Simd::load(v + e));
-      for (int e = whole; e < dv_panels * panel; e += width)
-        Simd::store(place(e), load_first(v + min(e, block.dv), max(0, block.dv - e)));
-    }
+    Panel::pack_columns(k, block.k_row, count, block.d, scratch + layout.k);
+    Panel::pack_rows(v, block.v_row, count, block.dv, block_keys, scratch + layout.v);
   }
 
   /// Brings a share of the keys and values [first, first + count) towards the caches.
@@ -197,39 +98,13 @@ struct Flash {
 
   // ---- Products ------------------------------------------------------------------------------
 
-  /// C [rows, vectors * width] (+)= A B: element (r, k) of A at a[r * a_row + k * a_column], row k
-  /// of B at b[k * panel]. C lives in registers throughout.
-  template <int rows, int vectors, int a_row, int a_column>
-  static ANYFLASH_INLINE void multiply_add(Vector (&c)[rows][vectors], const float* a,
-                                           const float* b, int depth) {
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC unroll 2
-#endif
-    for (int k = 0; k < depth; ++k) {
-      Vector row_of_b[vectors];
-      ANYFLASH_UNROLL for (int n = 0; n < vectors; ++n) row_of_b[n] = Simd::load(b + n * width);
-      ANYFLASH_UNROLL for (int r = 0; r < rows; ++r) {
-        const Vector x = Simd::set(a[r * a_row]);
-        ANYFLASH_UNROLL for (int n = 0; n < vectors; ++n) c[r][n] =
-            Simd::multiply_add(x, row_of_b[n], c[r][n]);
-      }
-      a += a_column;
-      b += panel;
-    }
-  }
-
   /// S [rows, panel] = Q K^T.
   template <int rows>
   static ANYFLASH_NOINLINE void score_tile(const float* q, const float* k, int d, float* s) {
     Vector c[rows][tile_vectors];
-    ANYFLASH_UNROLL for (int r = 0; r < rows; ++r) {
-      ANYFLASH_UNROLL for (int n = 0; n < tile_vectors; ++n) c[r][n] = Simd::set(0.0f);
-    }
-    multiply_add<rows, tile_vectors, 1, tile_rows>(c, q, k, d);
-    ANYFLASH_UNROLL for (int r = 0; r < rows; ++r) {
-      ANYFLASH_UNROLL for (int n = 0; n < tile_vectors; ++n)
-          Simd::store(s + r * block_keys + n * width, c[r][n]);
-    }
+    Tile::clear(c);
+    Tile::template multiply_add<rows, 1, tile_rows>(c, q, k, d);
+    Tile::template store<rows, block_keys>(s, c);
   }
 
   /// O [rows, panel] = alpha O + P V.
@@ -237,31 +112,14 @@ struct Flash {
   static ANYFLASH_NOINLINE void output_tile(const float* p, const float* v, int keys,
                                             const float* alpha, float* o) {
     Vector c[rows][tile_vectors];
+    Tile::template load<rows, panel>(c, o);
     ANYFLASH_UNROLL for (int r = 0; r < rows; ++r) {
       const Vector factor = Simd::set(alpha[r]);
       ANYFLASH_UNROLL for (int n = 0; n < tile_vectors; ++n) c[r][n] =
-          Simd::multiply(factor, Simd::load(o + r * panel + n * width));
+          Simd::multiply(factor, c[r][n]);
     }
-    multiply_add<rows, tile_vectors, block_keys, 1>(c, p, v, keys);
-    ANYFLASH_UNROLL for (int r = 0; r < rows; ++r) {
-      ANYFLASH_UNROLL for (int n = 0; n < tile_vectors; ++n)
-          Simd::store(o + r * panel + n * width, c[r][n]);
-    }
-  }
-
-  /// Calls visit<rows>(row) for groups of tile_rows rows and the rest.
-  template <class Visit>
-  static ANYFLASH_INLINE void for_each_tile(int rows, Visit visit) {
-    int r = 0;
-    for (; r + tile_rows <= rows; r += tile_rows) visit.template operator()<tile_rows>(r);
-    rest<tile_rows - 1>(rows - r, r, visit);
-  }
-  template <int n, class Visit>
-  static ANYFLASH_INLINE void rest(int rows, int r, Visit& visit) {
-    if constexpr (n > 0) {
-      if (rows == n) return visit.template operator()<n>(r);
-      rest<n - 1>(rows, r, visit);
-    }
+    Tile::template multiply_add<rows, block_keys, 1>(c, p, v, keys);
+    Tile::template store<rows, panel>(o, c);
   }
 
   /// S of a strip against keys [begin, end) of the block, whole panels.
@@ -269,7 +127,7 @@ struct Flash {
     float* s = scratch + layout.s;
     for (int j = begin; j < end; j += panel) {
       const float* k = scratch + layout.k + int64_t{j} * block.d;
-      for_each_tile(strip.rows, [&]<int rows>(int r) {
+      Tile::for_each_tile(0, strip.rows, [&]<int rows>(int r) {
         score_tile<rows>(q + int64_t{r} * block.d, k, block.d, s + r * block_keys + j);
       });
     }
@@ -282,21 +140,13 @@ struct Flash {
     for (int n = 0; n < dv_panels; ++n) {
       const float* v = scratch + layout.v + (int64_t{n} * block_keys + begin) * panel;
       float* to = o + int64_t{n} * strip_rows * panel;
-      for_each_tile(strip.rows, [&]<int rows>(int r) {
+      Tile::for_each_tile(0, strip.rows, [&]<int rows>(int r) {
         output_tile<rows>(p + r * block_keys + begin, v, end - begin, alpha + r, to + r * panel);
       });
     }
   }
 
   // ---- Scores --------------------------------------------------------------------------------
-
-  /// tanh(x) = 1 - 2 / (1 + e^(2x)), in e^(-2|x|) so that nothing overflows.
-  static Vector tanh(Vector x) {
-    const Vector e = exp2<Simd, true>(Simd::multiply(Simd::abs(x), Simd::set(-2 * log2_e)));
-    const Vector one = Simd::set(1.0f);
-    const Vector t = Simd::divide(Simd::sub(one, e), Simd::add(one, e));
-    return Simd::copy_sign(t, x);
-  }
 
   /// Scale, softcap and ALiBi on one row of scores, which leaves them in log2 units. `distance` is
   /// the key at column 0 minus the key that the row is aligned with.
@@ -307,7 +157,7 @@ struct Flash {
     const Vector steep = Simd::set(-slope * log2_e);
     for (int c = begin; c < end; c += width) {
       Vector x = Simd::multiply(scale, Simd::load(s + c));
-      if (capped) x = Simd::multiply(cap, tanh(x));
+      if (capped) x = Simd::multiply(cap, tanh<Simd>(x));
       if (block.alibi) {
         const Vector away =
             Simd::abs(Simd::add(Simd::set(distance + static_cast<float>(c)), Simd::iota()));
@@ -429,8 +279,7 @@ struct Flash {
     for (int j = last; j >= block.key_begin / block_keys && j >= 0; --j) {
       const int first = max(j * block_keys, block.key_begin / panel * panel);
       const int count = min((j + 1) * block_keys, block.key_end) - first;
-      pack_keys(first, count);
-      pack_values(first, count);
+      pack(first, count);
       const int next = max(first - block_keys, block.key_begin), ahead = first - next;
       for (int i = 0; i < block.strip_count; ++i) {
         const int from = ahead * i / block.strip_count, to = ahead * (i + 1) / block.strip_count;
@@ -454,28 +303,13 @@ struct Flash {
       const float l = Simd::total(Simd::load(scratch + layout.l + row * width));
       if (strip.partial) {
         float* to = strip.partial + r * (int64_t{block.dv} + 2);
-        store_row(to, o, 1.0f);
+        Panel::store_row(to, o, block.dv, strip_rows, 1.0f);
         to[block.dv] = m;
         to[block.dv + 1] = l;
       } else {
-        store_row(static_cast<T*>(strip.o) + r * block.o_row, o, l == 0 ? 0.0f : 1 / l);
+        Panel::store_row(static_cast<T*>(strip.o) + r * block.o_row, o, block.dv, strip_rows,
+                         l == 0 ? 0.0f : 1 / l);
         if (strip.lse) strip.lse[r] = l == 0 ? -infinity : (m + __builtin_log2f(l)) * ln_2;
-      }
-    }
-  }
-
-  /// One row of O [dv / panel][strip_rows][panel], times `factor`.
-  template <class To>
-  void store_row(To* to, const float* o, float factor) const {
-    for (int e = 0; e < block.dv; e += width) {
-      const Vector x = Simd::multiply(
-          Simd::set(factor), Simd::load(o + e / panel * int64_t{strip_rows} * panel + e % panel));
-      if (e + width <= block.dv) {
-        Simd::store(to + e, x);
-      } else {
-        To whole[width];
-        Simd::store(whole, x);
-        for (int i = 0; e + i < block.dv; ++i) to[e + i] = whole[i];
       }
     }
   }
@@ -487,7 +321,7 @@ void forward(const Block& block, float* scratch) {
 }
 
 template <class Simd>
-int64_t scratch_floats(int strips, int d, int dv) {
+int64_t forward_scratch(int strips, int d, int dv) {
   return typename Flash<Simd, float>::Layout(strips, d, dv).end;
 }
 

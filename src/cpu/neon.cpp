@@ -1,7 +1,7 @@
 // NEON: 4 floats a vector, 32 registers. Every 64-bit Arm processor has it.
 #include <arm_neon.h>
 
-#include "cpu/flash.h"
+#include "cpu/instruction_set.h"
 
 namespace anyflash::cpu {
 namespace {
@@ -74,11 +74,6 @@ bool always() { return true; }
 
 } // namespace
 
-const InstructionSet neon = {"neon",
-                             always,
-                             forward<Neon, Float16>,
-                             forward<Neon, BFloat16>,
-                             forward<Neon, float>,
-                             scratch_floats<Neon>};
+const InstructionSet neon = instruction_set<Neon>("neon", always);
 
 } // namespace anyflash::cpu

@@ -3,7 +3,7 @@
 #include <bit>
 #include <cmath>
 
-#include "cpu/flash.h"
+#include "cpu/instruction_set.h"
 
 namespace anyflash::cpu {
 namespace {
@@ -98,11 +98,6 @@ bool always() { return true; }
 
 } // namespace
 
-const InstructionSet scalar = {"scalar",
-                               always,
-                               forward<Scalar, Float16>,
-                               forward<Scalar, BFloat16>,
-                               forward<Scalar, float>,
-                               scratch_floats<Scalar>};
+const InstructionSet scalar = instruction_set<Scalar>("scalar", always);
 
 } // namespace anyflash::cpu
