@@ -1,6 +1,7 @@
 #include "case_problem.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -42,9 +43,11 @@ int64_t total(const Case& c, int Lengths::* length, int dense) {
   return sum;
 }
 
-/// The distributions of the list. `row` and `rows`: position in the sequence, for "rising".
+/// The distributions of the list, for tensor q, k, v or d (dout). `row` and `rows`: position in the
+/// sequence, for "rising".
 double draw(const Case& c, char tensor, int64_t row, int64_t rows, std::mt19937& random) {
   const double x = std::normal_distribution<double>()(random);
+  if (tensor == 'd') return x; // dout: gradients of every size of the inputs
   if (c.values == "large" && tensor != 'v') return 30 * x;
   if (c.values == "constant") return 0.75;
   if (c.values == "tiny") return 1e-39 * x;
@@ -54,7 +57,7 @@ double draw(const Case& c, char tensor, int64_t row, int64_t rows, std::mt19937&
 }
 
 void fill(Strided& t, const Case& c, char name, DType values_of, std::mt19937& random) {
-  for (int64_t b = 0; b < (c.layout == "broadcast" && name != 'q' ? 1 : t.batch); ++b)
+  for (int64_t b = 0; b < (t.strides.batch == 0 ? 1 : t.batch); ++b)
     for (int64_t row = 0; row < t.rows; ++row)
       for (int64_t head = 0; head < t.heads; ++head)
         for (int64_t e = 0; e < t.d; ++e)
@@ -176,10 +179,12 @@ CaseProblem::CaseProblem(const Case& c, DType type, DType values_of)
   if (!c.alibi.empty())
     slopes.resize(static_cast<size_t>(c.heads * (c.alibi == "h" ? 1 : c.batch)));
   for (float& slope : slopes) slope = std::uniform_real_distribution<float>(0.01f, 0.5f)(random);
-  for (float& x : dlse) x = std::normal_distribution<float>()(random);
-  for (int64_t i = 0; i < dout.elements(); ++i)
-    dout.set(i, rounded(std::normal_distribution<double>()(random), values_of));
+  fill(dout, c, 'd', values_of, random);
   if (!c.packed.empty()) poison_unused(dout, c, &Lengths::q, c.seqused_q);
+  for (float& x : dlse) x = std::normal_distribution<float>()(random);
+  for (size_t i = 0; i < dlse.size() && !c.packed.empty(); ++i)
+    if (std::isnan(dout.get(dout.at(0, static_cast<int64_t>(i) % q.rows, 0, 0))))
+      dlse[i] = static_cast<float>(nan);
   poison();
 }
 
@@ -278,28 +283,66 @@ class Standard {
 public:
   Standard(CaseProblem& inputs, bool scale_keys)
       : in_(inputs), problem_(inputs.problem()), scale_keys_(scale_keys), q_(values(inputs.q)),
-        k_(values(inputs.k)), v_(values(inputs.v)) {
+        k_(values(inputs.k)), v_(values(inputs.v)), dout_(values(inputs.dout)) {
     if (scale_keys)
       for (float& key : k_) key = static_cast<float>(round(key * problem_.scale));
   }
 
+  /// O.
   std::vector<double> run() {
     Strided o(DType::float64, in_.o.batch, in_.o.rows, in_.o.heads, in_.o.d, "contiguous");
-    for (int64_t b = 0; b < problem_.batch; ++b) {
-      const cpu::Sequence s = cpu::sequence_of(problem_, b);
-      const int64_t batch = problem_.packed ? 0 : b;
-      const int64_t first_q = problem_.packed ? problem_.cu_seqlens_q[b] : 0;
-      const int64_t first_k = problem_.packed ? problem_.cu_seqlens_k[b] : 0;
-      for (int64_t h = 0; h < problem_.heads; ++h)
-        for (int64_t i = 0; i < s.rows_q; ++i) {
-          const std::vector<double> row = attend(s, b, batch, h, i, first_q, first_k);
-          for (int64_t e = 0; e < problem_.dv; ++e) o.set(o.at(batch, first_q + i, h, e), row[e]);
-        }
-    }
+    for_each_row([&](const Row& row) {
+      const std::vector<float> sum = weighted_sum(row.p, v_, row.v, in_.v.strides.row, problem_.dv);
+      for (int64_t e = 0; e < problem_.dv; ++e)
+        o.set(o.at(row.batch, row.first_q, row.h, e), round(sum[e]));
+    });
     return elements(o);
   }
 
+  /// dQ, dK, dV: autograd's formula, with dP and dS rounded too.
+  std::array<std::vector<double>, 3> run_backward() {
+    // In order of batch, row, head, e; rows that belong to no sequence hold NaN.
+    const auto empty = [](const Strided& t) {
+      return std::vector<double>(static_cast<size_t>(t.batch * t.rows * t.heads * t.d), nan);
+    };
+    const auto offset = [](const Strided& t, int64_t batch, int64_t row, int64_t head) {
+      return ((batch * t.rows + row) * t.heads + head) * t.d;
+    };
+    std::vector<double> dq = empty(in_.dq), dk = empty(in_.dk), dv = empty(in_.dv);
+    const int64_t rows_k =
+        problem_.packed ? problem_.cu_seqlens_k[problem_.batch] : in_.dk.batch * in_.dk.rows;
+    std::fill_n(dk.begin(), offset(in_.dk, 0, rows_k, 0), 0.0);
+    std::fill_n(dv.begin(), offset(in_.dv, 0, rows_k, 0), 0.0);
+    for_each_row([&](const Row& row) {
+      const float* q = &q_[in_.q.at(row.batch, row.first_q, row.h, 0)];
+      const std::vector<double> ds = score_gradients(row);
+      const std::vector<float> sum = weighted_sum(ds, k_, row.k, in_.k.strides.row, problem_.d);
+      double* to = &dq[offset(in_.dq, row.batch, row.first_q, row.h)];
+      for (int64_t e = 0; e < problem_.d; ++e) to[e] = round(sum[e]);
+      for (size_t n = 0; n < ds.size(); ++n) {
+        const int64_t j = row.first_k + static_cast<int64_t>(n);
+        to = &dk[offset(in_.dk, row.batch, j, row.h_k)];
+        for (int64_t e = 0; e < problem_.d; ++e) to[e] += ds[n] * q[e];
+        to = &dv[offset(in_.dv, row.batch, j, row.h_k)];
+        for (int64_t e = 0; e < problem_.dv; ++e) to[e] += row.p[n] * dout_[row.o + e];
+      }
+    });
+    for (double& x : dk) x = scale_keys_ ? round(round(x) * problem_.scale) : round(x);
+    for (double& x : dv) x = round(x);
+    return {dq, dk, dv};
+  }
+
 private:
+  /// One query and what it sees; offsets into the tensors' memory.
+  struct Row {
+    int64_t batch, h, h_k;
+    int64_t first_q, first_k;  // row of the query, and of the first key that it sees
+    int64_t k, v, o;           // elements of that key, its value, the query's O
+    std::vector<double> p;     // rounded
+    std::vector<double> tanhs; // of the capped scores
+    double dlse;
+  };
+
   double round(double x) const { return rounded(x, in_.dtype); }
 
   /// Everything in a tensor's memory.
@@ -315,39 +358,84 @@ private:
     return static_cast<float>(scale_keys_ ? round(s) : round(round(s) * problem_.scale));
   }
 
-  std::vector<double> attend(const cpu::Sequence& s, int64_t b, int64_t batch, int64_t h, int64_t i,
-                             int64_t first_q, int64_t first_k) const {
-    const int64_t h_k = h / problem_.group();
+  template <class Visit>
+  void for_each_row(Visit visit) const {
+    for (int64_t b = 0; b < problem_.batch; ++b) {
+      const cpu::Sequence s = cpu::sequence_of(problem_, b);
+      for (int64_t h = 0; h < problem_.heads; ++h)
+        for (int64_t i = 0; i < s.rows_q; ++i) visit(row_of(s, b, h, i));
+    }
+  }
+
+  Row row_of(const cpu::Sequence& s, int64_t b, int64_t h, int64_t i) const {
     const int64_t diagonal = i + s.seqlen_k - s.seqlen_q;
     const int64_t begin = std::max<int64_t>(0, diagonal - problem_.mask.left);
     const int64_t end =
         i < s.seqlen_q ? std::min(s.seqlen_k, diagonal + problem_.mask.right + 1) : 0;
-    std::vector<double> p, o(static_cast<size_t>(problem_.dv), 0.0);
+    Row row{};
+    row.batch = problem_.packed ? 0 : b;
+    row.h = h;
+    row.h_k = h / problem_.group();
+    row.first_q = i + (problem_.packed ? problem_.cu_seqlens_q[b] : 0);
+    row.first_k = begin + (problem_.packed ? problem_.cu_seqlens_k[b] : 0);
+    row.k = in_.k.at(row.batch, row.first_k, row.h_k, 0);
+    row.v = in_.v.at(row.batch, row.first_k, row.h_k, 0);
+    row.o = in_.dout.at(row.batch, row.first_q, h, 0);
+    row.dlse = in_.dlse[s.lse + h * s.lse_head + i];
+    const int64_t q = in_.q.at(row.batch, row.first_q, h, 0);
     double m = -INFINITY, l = 0;
     for (int64_t j = begin; j < end; ++j) {
-      double x = score(in_.q.at(batch, first_q + i, h, 0), in_.k.at(batch, first_k + j, h_k, 0));
-      if (problem_.softcap > 0) x = round(std::tanh(x / problem_.softcap) * problem_.softcap);
+      double x = score(q, row.k + (j - begin) * in_.k.strides.row);
+      if (problem_.softcap > 0) {
+        row.tanhs.push_back(std::tanh(x / problem_.softcap));
+        x = round(row.tanhs.back() * problem_.softcap);
+      }
       if (problem_.alibi)
         x = round(x - problem_.alibi_slopes[b * problem_.alibi_batch + h] *
                           static_cast<float>(std::abs(diagonal - j)));
-      p.push_back(x);
+      row.p.push_back(x);
       m = std::max(m, x);
     }
-    for (double& x : p) l += x = std::exp(static_cast<float>(x - m));
-    std::vector<float> sum(o.size(), 0.0f);
-    for (int64_t j = begin; j < end; ++j) {
-      const float weight = static_cast<float>(round(p[j - begin] / l));
-      const float* v = &v_[in_.v.at(batch, first_k + j, h_k, 0)];
-      for (int64_t e = 0; e < problem_.dv; ++e) sum[e] += weight * v[e];
+    for (double& x : row.p) l += x = std::exp(static_cast<float>(x - m));
+    for (double& x : row.p) x = round(x / l);
+    return row;
+  }
+
+  /// The gradient by q k, or by q and the scaled key.
+  std::vector<double> score_gradients(const Row& row) const {
+    std::vector<double> ds;
+    float delta = 0;
+    for (size_t n = 0; n < row.p.size(); ++n) {
+      const float* v = &v_[row.v + static_cast<int64_t>(n) * in_.v.strides.row];
+      float dp = 0;
+      for (int64_t e = 0; e < problem_.dv; ++e) dp += dout_[row.o + e] * v[e];
+      ds.push_back(round(dp));
+      delta += static_cast<float>(row.p[n] * ds.back());
     }
-    for (int64_t e = 0; e < problem_.dv; ++e) o[e] = round(sum[e]);
-    return o;
+    for (size_t n = 0; n < ds.size(); ++n) {
+      ds[n] = round(row.p[n] * (ds[n] - delta + row.dlse));
+      if (problem_.softcap > 0) ds[n] = round(ds[n] * (1 - row.tanhs[n] * row.tanhs[n]));
+      if (!scale_keys_) ds[n] = round(ds[n] * problem_.scale);
+    }
+    return ds;
+  }
+
+  /// sum of weights[n] x[at + n row, ... + columns).
+  static std::vector<float> weighted_sum(const std::vector<double>& weights,
+                                         const std::vector<float>& x, int64_t at, int64_t row,
+                                         int64_t columns) {
+    std::vector<float> sum(static_cast<size_t>(columns), 0.0f);
+    for (double weight : weights) {
+      for (int64_t e = 0; e < columns; ++e) sum[e] += static_cast<float>(weight) * x[at + e];
+      at += row;
+    }
+    return sum;
   }
 
   CaseProblem& in_;
   const Problem problem_;
   const bool scale_keys_;
-  std::vector<float> q_, k_, v_; // indexed as the tensors' memory
+  std::vector<float> q_, k_, v_, dout_; // indexed as the tensors' memory; k perhaps scaled
 };
 
 double rms(const std::vector<double>& x) {
@@ -370,52 +458,118 @@ double largest(const std::vector<double>& x) {
 
 } // namespace
 
-Expected expected(const Case& c, DType dtype) {
-  CaseProblem exact(c, DType::float64, dtype);
-  cpu::reference(exact.problem());
-  Expected result;
-  result.o = elements(exact.o);
-  result.lse = exact.lse;
-  CaseProblem inputs(c, dtype);
-  for (bool scale_keys : {false, true}) {
-    const std::vector<double> off = errors(Standard(inputs, scale_keys).run(), result.o);
+namespace {
+
+/// The largest absolute value, leaving NaN and infinities out.
+double magnitude(const auto& x) {
+  double largest = 0;
+  for (double y : x) largest = std::max(largest, std::isfinite(y) ? std::abs(y) : 0);
+  return largest;
+}
+
+/// The reference, and the worse of the two standard computations.
+Expected::Tensor compared(std::vector<double> ref, const std::vector<double>& first,
+                          const std::vector<double>& second) {
+  Expected::Tensor result;
+  for (const std::vector<double>& standard : {first, second}) {
+    const std::vector<double> off = errors(standard, ref);
     result.standard_error = std::max(result.standard_error, largest(off));
     result.standard_rms = std::max(result.standard_rms, rms(off));
   }
+  result.ref = std::move(ref);
   return result;
+}
+
+/// A gradient's floor in float32: the roundings of its own size (a sum over all rows or keys has no
+/// bound like O's); of dP and delta, which cancel (in the standard computation to the last bit
+/// where a row sees one key); and of L, whose rounding every P carries.
+void set_floor(Expected::Tensor& gradient, double cancelling, double lse) {
+  const double size = magnitude(gradient.ref), unit = std::max(1.0, size);
+  gradient.floor = 0x1p-20 * unit + 0x1p-23 * (cancelling + lse * size);
+  gradient.rms_floor =
+      1e-7 * unit + 0x1p-26 * cancelling +
+      0x1p-24 * lse * rms(errors(std::vector(gradient.ref.size(), 0.0), gradient.ref));
+}
+
+/// Empty if a tensor meets the rule.
+std::string violation(const std::string& name, const Strided& computed,
+                      const Expected::Tensor& expected, bool capped) {
+  const DType dtype = computed.dtype;
+  const bool fp32 = dtype == DType::float32;
+  const std::vector<double> x = elements(computed);
+  std::vector<double> rounding;
+  for (double y : expected.ref)
+    if (!std::isnan(y)) rounding.push_back(std::abs(rounded(y + 0.3, dtype) - (y + 0.3)));
+  // In float32 the standard computation differs from ours only in the order of its sums.
+  const double limit = (capped ? 3 : 2) * expected.standard_error + 2 * largest(rounding) +
+                       (capped ? 3e-4 : 0) + (fp32 ? expected.floor : 0);
+  for (size_t i = 0; i < x.size(); ++i) {
+    const double ref = expected.ref[i];
+    const bool same = std::isnan(ref) ? std::isnan(x[i]) : std::abs(x[i] - ref) <= limit;
+    if (!same)
+      return name + "[row " + std::to_string(i / (computed.heads * computed.d)) + ", head " +
+             std::to_string(i / computed.d % computed.heads) + ", " +
+             std::to_string(i % computed.d) + "] = " + std::to_string(x[i]) + ", reference " +
+             std::to_string(ref) + ", allowed error " + std::to_string(limit);
+  }
+  const double rms_limit = (fp32 ? 2 : 1.25) * (capped ? 1.5 : 1) * expected.standard_rms +
+                           rms(rounding) + expected.rms_floor;
+  if (const double off = rms(errors(x, expected.ref)); off > rms_limit)
+    return name + ": rms error " + std::to_string(off) + ", allowed " + std::to_string(rms_limit);
+  return "";
+}
+
+} // namespace
+
+Expected expected(const Case& c, DType dtype) {
+  CaseProblem exact(c, DType::float64, dtype);
+  cpu::reference(exact.problem());
+  CaseProblem inputs(c, dtype);
+  Expected result;
+  result.o =
+      compared(elements(exact.o), Standard(inputs, false).run(), Standard(inputs, true).run());
+  result.lse = exact.lse;
+  return result;
+}
+
+ExpectedGradients expected_gradients(const Case& c, DType dtype) {
+  CaseProblem exact(c, DType::float64, dtype);
+  cpu::reference(exact.problem());
+  cpu::reference_backward(exact.backward_problem());
+  CaseProblem inputs(c, dtype);
+  const auto first = Standard(inputs, false).run_backward();
+  const auto second = Standard(inputs, true).run_backward();
+  ExpectedGradients result = {compared(elements(exact.dq), first[0], second[0]),
+                              compared(elements(exact.dk), first[1], second[1]),
+                              compared(elements(exact.dv), first[2], second[2])};
+  const double q = magnitude(elements(exact.q)), k = magnitude(elements(exact.k));
+  const double dp = magnitude(elements(exact.dout)) * magnitude(elements(exact.v)) *
+                    std::sqrt(c.dv) * std::abs(c.scale);
+  const double lse = magnitude(exact.lse);
+  set_floor(result.dq, dp * k, lse);
+  set_floor(result.dk, dp * q, lse);
+  set_floor(result.dv, 0, lse);
+  return result;
+}
+
+std::string violation(const CaseProblem& computed, const ExpectedGradients& expected) {
+  if (computed.overwritten()) return "memory between the elements of an output was written";
+  const bool capped = computed.test_case.softcap > 0;
+  for (const std::string& off : {violation("dQ", computed.dq, expected.dq, capped),
+                                 violation("dK", computed.dk, expected.dk, capped),
+                                 violation("dV", computed.dv, expected.dv, capped)})
+    if (!off.empty()) return off;
+  return "";
 }
 
 std::string violation(const CaseProblem& computed, const Expected& expected) {
   const Case& c = computed.test_case;
-  const DType dtype = computed.dtype;
-  const bool capped = c.softcap > 0, fp32 = dtype == DType::float32;
+  const bool capped = c.softcap > 0;
   if (computed.overwritten()) return "memory between the elements of O was written";
-
-  const std::vector<double> o = elements(computed.o);
-  std::vector<double> rounding;
-  for (double x : expected.o)
-    if (!std::isnan(x)) rounding.push_back(std::abs(rounded(x + 0.3, dtype) - (x + 0.3)));
-  // In float32 the standard computation differs from ours only in the order of its sums.
-  const double limit = (capped ? 3 : 2) * expected.standard_error + 2 * largest(rounding) +
-                       (capped ? 3e-4 : 0) + (fp32 ? 8 * 0x1p-23 : 0);
-  for (size_t i = 0; i < o.size(); ++i) {
-    const bool same =
-        std::isnan(expected.o[i]) ? std::isnan(o[i]) : std::abs(o[i] - expected.o[i]) <= limit;
-    if (!same)
-      return "O[row " + std::to_string(i / (c.heads * c.dv)) + ", head " +
-             std::to_string(i / c.dv % c.heads) + ", " + std::to_string(i % c.dv) +
-             "] = " + std::to_string(o[i]) + ", reference " + std::to_string(expected.o[i]) +
-             ", allowed error " + std::to_string(limit);
-  }
-  const double rms_limit =
-      (fp32 ? 2 : 1.25) * (capped ? 1.5 : 1) * expected.standard_rms + rms(rounding) + 1e-7;
-  if (const double off = rms(errors(o, expected.o)); off > rms_limit)
-    return "O: rms error " + std::to_string(off) + ", allowed " + std::to_string(rms_limit);
+  if (std::string off = violation("O", computed.o, expected.o, capped); !off.empty()) return off;
 
   // L carries the rounding of scores of the size of |q| |k|.
-  double q = 0, k = 0;
-  for (double x : elements(computed.q)) q = std::max(q, std::isnan(x) ? 0 : std::abs(x));
-  for (double x : elements(computed.k)) k = std::max(k, std::isnan(x) ? 0 : std::abs(x));
+  const double q = magnitude(elements(computed.q)), k = magnitude(elements(computed.k));
   const double score = q * k * std::sqrt(c.d) * std::abs(c.scale);
   for (size_t i = 0; i < expected.lse.size(); ++i) {
     const double x = computed.lse[i], ref = expected.lse[i];
@@ -429,6 +583,14 @@ std::string violation(const CaseProblem& computed, const Expected& expected) {
              std::to_string(ref);
   }
   return "";
+}
+
+std::vector<std::string> tested_instruction_sets() {
+#if defined(ANYFLASH_EMULATED)
+  return {cpu::instruction_sets().front()};
+#else
+  return cpu::instruction_sets();
+#endif
 }
 
 std::string name_of(DType dtype) {

@@ -56,18 +56,31 @@ struct CaseProblem {
 };
 
 /// What a result is compared with: the oracle, and how far the standard computation in the dtype
-/// (scores and probabilities rounded to it) is from it.
+/// (every product's result rounded to it) is from it.
 struct Expected {
-  std::vector<double> o; // in order of batch, row, head, e
+  struct Tensor {
+    std::vector<double> ref; // in order of batch, row, head, e
+    double standard_error = 0, standard_rms = 0;
+    double floor = 8 * 0x1p-23, rms_floor = 1e-7; // of float32; the rms floor of every dtype
+  };
+  Tensor o;
   std::vector<float> lse;
-  double standard_error = 0, standard_rms = 0; // of O
+};
+
+struct ExpectedGradients {
+  Expected::Tensor dq, dk, dv;
 };
 
 Expected expected(const Case& the_case, DType dtype);
+ExpectedGradients expected_gradients(const Case& the_case, DType dtype);
 
-/// Empty if the outputs of `computed` meet the rule of DESIGN.md section 4, else one line: what is
-/// off, and where.
+/// Empty if the outputs of `computed` meet the rule of tests/README.md, else one line: what is off,
+/// and where.
 std::string violation(const CaseProblem& computed, const Expected& expected);
+std::string violation(const CaseProblem& computed, const ExpectedGradients& expected);
+
+/// What this machine can run; under emulation, which is slow, the one that it is there for.
+std::vector<std::string> tested_instruction_sets();
 
 std::string name_of(DType dtype);
 

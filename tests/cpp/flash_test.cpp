@@ -13,15 +13,6 @@
 namespace anyflash {
 namespace {
 
-/// What this machine can run; under emulation, which is slow, the one that it is there for.
-std::vector<std::string> tested_sets() {
-#if defined(ANYFLASH_EMULATED)
-  return {cpu::instruction_sets().front()};
-#else
-  return cpu::instruction_sets();
-#endif
-}
-
 /// Runs a case with one instruction set. Outputs start as NaN.
 void run(CaseProblem& c, const std::string& instruction_set) {
   const ScopedEnv chosen("ANYFLASH_CPU", instruction_set.c_str());
@@ -36,7 +27,7 @@ TEST_P(CaseList, MeetsTheRule) {
   const auto& [c, dtype] = GetParam();
   const Expected wanted = expected(c, dtype);
   CaseProblem computed(c, dtype);
-  for (const std::string& name : tested_sets()) {
+  for (const std::string& name : tested_instruction_sets()) {
     run(computed, name);
     EXPECT_EQ(violation(computed, wanted), "") << name;
   }
@@ -68,7 +59,7 @@ TEST(Shapes, LengthsAroundTheTiles) {
       if (turn % 3 == 0) c.window_left = k / 3;
       const Expected wanted = expected(c, DType::float32);
       CaseProblem computed(c, DType::float32);
-      for (const std::string& name : tested_sets()) {
+      for (const std::string& name : tested_instruction_sets()) {
         run(computed, name);
         EXPECT_EQ(violation(computed, wanted), "") << name << " q " << q << " k " << k;
       }
@@ -82,7 +73,7 @@ TEST(Shapes, EveryHeadDim) {
       c.dv = d % 3 ? d : 257 - d;
       const Expected wanted = expected(c, dtype);
       CaseProblem computed(c, dtype);
-      for (const std::string& name : tested_sets()) {
+      for (const std::string& name : tested_instruction_sets()) {
         run(computed, name);
         EXPECT_EQ(violation(computed, wanted), "") << name << " d " << c.d << " dv " << c.dv;
       }
@@ -102,7 +93,7 @@ TEST(Splits, LongKeysAreSplitAndMeetTheRule) {
     CaseProblem computed(c, DType::float32);
     ASSERT_GT(cpu::tiling(computed.problem()).splits, 1);
     const Expected wanted = expected(c, DType::float32);
-    for (const std::string& name : tested_sets()) {
+    for (const std::string& name : tested_instruction_sets()) {
       run(computed, name);
       EXPECT_EQ(violation(computed, wanted), "") << name;
     }
@@ -164,7 +155,7 @@ TEST(Reproducible, PackedAndDenseAgreeBitForBit) {
   copy(a.q, b.q);
   copy(a.k, b.k);
   copy(a.v, b.v);
-  for (const std::string& name : tested_sets()) {
+  for (const std::string& name : tested_instruction_sets()) {
     run(a, name);
     run(b, name);
     for (int64_t n = 0; n < 260; ++n)
@@ -197,7 +188,7 @@ TEST(InputNaN, ReachesTheRowsThatSeeIt) {
   c.causal = true;
   CaseProblem computed(c, DType::float32);
   computed.k.set(computed.k.at(0, 30, 1, 3), NAN);
-  for (const std::string& name : tested_sets()) {
+  for (const std::string& name : tested_instruction_sets()) {
     run(computed, name);
     for (int64_t i = 0; i < 50; ++i) {
       EXPECT_FALSE(std::isnan(computed.o.get(computed.o.at(0, i, 0, 0)))) << name;
