@@ -99,9 +99,11 @@ std::string launch_words(const Problem& problem, const anyflash_plan& plan,
                          const anyflash_launch& launch) {
   const std::string blocks = to_string(launch.grid[0]) + " x " + to_string(launch.grid[1]) + " x " +
                              to_string(launch.grid[2]);
+  const bool split_queries = launch.row < 0 && problem.op == ANYFLASH_BACKWARD; // see cpu::Tiling
   const std::string tiles = "blocks of " + to_string(plan.Br) + " queries by " +
-                            to_string(plan.Bc) + " keys, keys in " + to_string(plan.splits) +
-                            (plan.splits == 1 ? " part" : " parts");
+                            to_string(plan.Bc) +
+                            (split_queries ? " keys, queries in " : " keys, keys in ") +
+                            to_string(plan.splits) + (plan.splits == 1 ? " part" : " parts");
   if (launch.row < 0)
     return "row        the tiled algorithm of the CPU\nblocks     " + tiles + "\ngrid       " +
            blocks + " (query blocks, heads, sequences)\n";

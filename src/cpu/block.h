@@ -11,8 +11,9 @@ namespace anyflash::cpu {
 constexpr int strip_rows = 24;
 constexpr int block_keys = 128;
 
-/// The same for the backward, whose products all read and write a whole tile of queries by keys: a
-/// multiple of every panel and register tile, so that no product has a rest.
+/// The same for the backward: multiples of every panel and nearly every register tile; large,
+/// because the sums of dQ, dK and dV are read and written once a tile; not a power of two, which
+/// would put a column of P into few sets of the first-level cache.
 constexpr int gradient_rows = 96;
 constexpr int gradient_keys = 96;
 
