@@ -1,6 +1,8 @@
 """Launches every row of the table on small odd shapes: what compute-sanitizer watches.
 
-usage: compute-sanitizer python tests/device/sanitize_rows.py [--plan-only sm_90]
+usage: compute-sanitizer python tests/device/sanitize_rows.py [--op forward] [--plan-only sm_90]
+
+Rows of the backward run after the forward that they need, with free and with ordered sums of dQ.
 
 Only the driver and NumPy: a framework's start would take most of the time under a sanitizer.
 The last line is "cases: N, rows reached: N of N". Fails when a launch fails, when a result is not
@@ -114,7 +116,8 @@ def shapes_for(row: re.Match[str]) -> list[Shape]:
 
 
 class Problem:
-    """A shape as an anyflash_problem; with a driver in real memory, without one for planning."""
+    """A shape as an anyflash_problem of each operation; with a driver in real memory, without one
+    for planning."""
 
     def __init__(self, shape: Shape, driver: Driver | None) -> None:
         self.shape, self.driver, self.pointers = shape, driver, []
@@ -127,10 +130,17 @@ class Problem:
         q = self._values((*lead_q, shape.heads, shape.d))
         k = self._values((*lead_k, shape.heads_k, shape.d))
         v = self._values((*lead_k, shape.heads_k, shape.dv))
-        self.o_shape = (*lead_q, shape.heads, shape.dv)
-        o, self.o = self._output(self.o_shape, shape.dtype, 2)
+        self.outputs: list[tuple[str, int, tuple[int, ...]]] = []
+        o = self._output("O", (*lead_q, shape.heads, shape.dv))
         lse_shape = (shape.heads, total_q) if shape.packed else (self.batch, shape.heads, shape.q)
-        lse, _ = self._output(lse_shape, _library.FLOAT32, 4)
+        lse = self._lse(lse_shape)
+        dlse = self._array(self.random.standard_normal(lse_shape).astype(np.float32))
+        dout = self._values((*lead_q, shape.heads, shape.dv))
+        gradients = [
+            self._output("dQ", (*lead_q, shape.heads, shape.d)),
+            self._output("dK", (*lead_k, shape.heads_k, shape.d)),
+            self._output("dV", (*lead_k, shape.heads_k, shape.dv)),
+        ]
         slopes = _library.ABSENT
         if shape.alibi:
             slopes = self._array(np.linspace(0.1, 0.4, shape.heads, dtype=np.float32))
@@ -138,16 +148,28 @@ class Problem:
         if shape.packed:
             lengths = tuple(self._cumulative(which) for which in (0, 1))
         absent = (_library.ABSENT, _library.ABSENT)
-        self.bytes = _library.pack_problem(
-            (q, k, v, o, lse, slopes, *lengths, *absent),
-            max((n for n, _ in shape.packed), default=shape.q),
-            max((m for _, m in shape.packed), default=shape.k),
-            *shape.window,
-            shape.d**-0.5,
-            shape.softcap,
-            shape.causal,
-            True,
-        )
+        tensors = (q, k, v, o, lse, slopes, *lengths, *absent)
+
+        def pack(op: int, gradients: tuple[bytes, ...] | None, deterministic: bool) -> bytes:
+            return _library.pack_problem(
+                op,
+                tensors,
+                gradients,
+                max((n for n, _ in shape.packed), default=shape.q),
+                max((m for _, m in shape.packed), default=shape.k),
+                *shape.window,
+                shape.d**-0.5,
+                shape.softcap,
+                shape.causal,
+                deterministic,
+            )
+
+        # What is run, in this order, for each operation.
+        self.forward = [pack(_library.FORWARD, None, True)]
+        self.backward = [
+            pack(_library.BACKWARD, (dout, dlse, *gradients), deterministic)
+            for deterministic in (False, True)
+        ]
 
     def _place(self, array: np.ndarray) -> int:
         if self.driver is None:
@@ -170,12 +192,20 @@ class Problem:
             array = (values.view(np.uint32) >> 16).astype(np.uint16)
         return self._tensor(self._place(array), self.shape.dtype, shape, tuple(reversed(strides)))
 
-    def _output(self, shape: tuple[int, ...], dtype: int, size: int) -> tuple[bytes, int]:
-        pointer = 0
-        if self.driver is not None:
-            pointer = self.driver.allocate(int(np.prod(shape)) * size)
-            self.pointers.append(pointer)
-        return self._tensor(pointer, dtype, shape, _contiguous(shape)), pointer
+    def _allocate(self, size: int) -> int:
+        if self.driver is None:
+            return 0
+        self.pointers.append(self.driver.allocate(size))
+        return self.pointers[-1]
+
+    def _output(self, name: str, shape: tuple[int, ...]) -> bytes:
+        pointer = self._allocate(2 * int(np.prod(shape)))
+        self.outputs.append((name, pointer, shape))
+        return self._tensor(pointer, self.shape.dtype, shape, _contiguous(shape))
+
+    def _lse(self, shape: tuple[int, ...]) -> bytes:
+        pointer = self._allocate(4 * int(np.prod(shape)))
+        return self._tensor(pointer, _library.FLOAT32, shape, _contiguous(shape))
 
     def _array(self, array: np.ndarray) -> bytes:
         dtype = _library.INT32 if array.dtype == np.int32 else _library.FLOAT32
@@ -191,19 +221,26 @@ class Problem:
     ) -> bytes:
         return _library.pack_tensor(pointer, dtype, (_library.CUDA, 0), shape, strides)
 
-    def run(self, plan: Any) -> None:
-        """Launches and reads O back; raises if it is not finite."""
+    def run(self, problem: bytes) -> None:
         assert self.driver is not None
+        plan = _library.make_plan(problem, None)
         workspace = self.driver.allocate(plan.workspace_bytes) if plan.workspace_bytes else None
-        _library.check(
-            _library.library().anyflash_run(ctypes.byref(plan), self.bytes, workspace, None)
-        )
+        _library.check(_library.library().anyflash_run(ctypes.byref(plan), problem, workspace, None))
         self.driver.synchronize()
-        bits = self.driver.download(self.o, np.empty(self.o_shape, np.uint16))
+        self.driver.free([workspace] if workspace else [])
+
+    def check(self, names: tuple[str, ...]) -> None:
+        """Raises if an output holds anything that is not finite."""
+        assert self.driver is not None
         exponent = 0x7C00 if self.shape.dtype == _library.FLOAT16 else 0x7F80
-        if np.any((bits & exponent) == exponent):
-            raise RuntimeError(f"O is not finite: {self.shape}")
-        self.driver.free(self.pointers + ([workspace] if workspace else []))
+        for name, pointer, shape in self.outputs:
+            bits = self.driver.download(pointer, np.empty(shape, np.uint16))
+            if name in names and np.any((bits & exponent) == exponent):
+                raise RuntimeError(f"{name} is not finite: {self.shape}")
+
+    def free(self) -> None:
+        assert self.driver is not None
+        self.driver.free(self.pointers)
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -218,8 +255,19 @@ def same_kernel(row: re.Match[str]) -> tuple[str, ...]:
     return tuple(row[name] for name in ("op", "family", "variant", "dtype", "d", "dv"))
 
 
+def run_and_check(problem: Problem, op: str) -> None:
+    for one in problem.forward:
+        problem.run(one)
+    problem.check(("O",))
+    for one in problem.backward if op == "backward" else ():
+        problem.run(one)
+        problem.check(("dQ", "dK", "dV"))
+    problem.free()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--op", default="forward", choices=("forward", "backward"))
     parser.add_argument("--plan-only", metavar="sm_NN", help="no GPU: which rows would be reached")
     arguments = parser.parse_args()
     driver, device = None, None
@@ -229,7 +277,7 @@ def main() -> int:
         driver = Driver()
 
     rows = [ROW_NAME.fullmatch(row["name"]) for row in json.loads(_library.rows_json())]
-    known = [row for row in rows if row and row["op"] == "forward"]
+    known = [row for row in rows if row and row["op"] == arguments.op]
     reached, tried, cases = set(), set(), 0
     for row in known:
         if same_kernel(row) in tried:
@@ -237,11 +285,13 @@ def main() -> int:
         tried.add(same_kernel(row))
         for shape in shapes_for(row):
             problem = Problem(shape, driver)
-            plan = _library.make_plan(problem.bytes, device)
-            reached.update(rows[launch.row] for launch in plan.launches[: plan.launch_count])
-            cases += 1
+            watched = problem.forward if arguments.op == "forward" else problem.backward
+            for one in watched:
+                plan = _library.make_plan(one, device)
+                reached.update(rows[launch.row] for launch in plan.launches[: plan.launch_count])
+                cases += 1
             if driver is not None:
-                problem.run(plan)
+                run_and_check(problem, arguments.op)
     kernels = {same_kernel(row) for row in known}
     missing = kernels - {same_kernel(row) for row in reached if row}
     for kernel in sorted(missing):
