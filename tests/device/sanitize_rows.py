@@ -225,7 +225,8 @@ class Problem:
         assert self.driver is not None
         plan = _library.make_plan(problem, None)
         workspace = self.driver.allocate(plan.workspace_bytes) if plan.workspace_bytes else None
-        _library.check(_library.library().anyflash_run(ctypes.byref(plan), problem, workspace, None))
+        run = _library.library().anyflash_run
+        _library.check(run(ctypes.byref(plan), problem, workspace, None))
         self.driver.synchronize()
         self.driver.free([workspace] if workspace else [])
 
