@@ -147,6 +147,27 @@ def make_inputs(case: Case, dtype: str) -> Inputs:
     )
 
 
+@dataclass
+class Cotangents:
+    """A loss's gradients by O and by L: float32 arrays, dout with values that the dtype holds."""
+
+    dout: np.ndarray
+    dlse: np.ndarray | None
+
+
+def make_cotangents(case: Case, dtype: str, with_lse: bool = True) -> Cotangents:
+    """Reproducible gradients, normal whatever the case's values; NaN in rows that are not used."""
+    random = np.random.default_rng(zlib.crc32(f"gradients of {case.name}".encode()))
+    dout = round_to(random.standard_normal(case.shape_o), dtype)
+    heads, rows = case.heads, case.shape_q[-3]
+    shape = (heads, rows) if case.packed else (case.batch, heads, rows)
+    dlse = random.standard_normal(shape).astype(np.float32)
+    if case.packed is not None:
+        unused = _unused_rows([n for n, _ in case.packed], case.seqused_q)
+        dout[unused], dlse[:, unused] = np.nan, np.nan
+    return Cotangents(dout, dlse if with_lse else None)
+
+
 def _values(
     case: Case, name: str, shape: tuple[int, ...], random: np.random.Generator
 ) -> np.ndarray:
@@ -168,17 +189,16 @@ def _values(
 def _poison_unused(case: Case, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
     """NaN into the packed rows that belong to no sequence or lie past its used length."""
     assert case.packed is not None
-    used_q = case.seqused_q or tuple(n for n, _ in case.packed)
-    used_k = case.seqused_k or tuple(m for _, m in case.packed)
-    for lengths, used, tensors in (
-        ([n for n, _ in case.packed], used_q, [q]),
-        ([m for _, m in case.packed], used_k, [k, v]),
-    ):
-        unused = np.ones(sum(lengths) + PACKED_TAIL, bool)
-        for first, count in zip(np.cumsum([0] + lengths), used):
-            unused[first : first + count] = False
-        for x in tensors:
-            x[unused] = np.nan
+    q[_unused_rows([n for n, _ in case.packed], case.seqused_q)] = np.nan
+    unused = _unused_rows([m for _, m in case.packed], case.seqused_k)
+    k[unused], v[unused] = np.nan, np.nan
+
+
+def _unused_rows(lengths: list[int], used: tuple[int, ...] | None) -> np.ndarray:
+    unused = np.ones(sum(lengths) + PACKED_TAIL, bool)
+    for first, count in zip(np.cumsum([0] + lengths), used or lengths):
+        unused[first : first + count] = False
+    return unused
 
 
 def _cumulative(case: Case, which: int) -> np.ndarray | None:

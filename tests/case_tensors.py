@@ -1,7 +1,7 @@
-"""A case as torch tensors in its memory layout, and a call of anyflash on them.
+"""A case as torch tensors in its memory layout, and calls of anyflash on them.
 
-Memory that belongs to no element (gaps, the rest of the storage) holds NaN, also around the output:
-afterwards `Call.untouched` says whether it still does.
+Memory that belongs to no element (gaps, the rest of the storage) holds NaN, also around the
+outputs: afterwards `untouched` says whether it still does.
 """
 
 from __future__ import annotations
@@ -12,8 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from accuracy import Result
-from case_list import PACKED_TAIL, Case, Inputs, make_inputs, storage_of
+from accuracy import Gradients, Result
+from case_list import (
+    PACKED_TAIL,
+    Case,
+    Cotangents,
+    Inputs,
+    make_cotangents,
+    make_inputs,
+    storage_of,
+)
 
 
 @dataclass
@@ -22,6 +30,13 @@ class Strided:
 
     storage: torch.Tensor
     view: torch.Tensor
+
+    def untouched_around(self) -> bool:
+        """True if memory that belongs to no element still holds NaN."""
+        inside = torch.zeros(self.storage.shape, dtype=torch.bool, device=self.storage.device)
+        view = self.view
+        inside.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(True)
+        return bool(self.storage[~inside].isnan().all())
 
 
 def strided(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: str) -> Strided:
@@ -61,10 +76,42 @@ class Call:
 
     def untouched(self) -> bool:
         """True if no memory around the output was written."""
-        inside = torch.zeros(self.out.storage.shape, dtype=torch.bool, device=self.q.device)
-        view = self.out.view
-        inside.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(True)
-        return bool(self.out.storage[~inside].isnan().all())
+        return self.out.untouched_around()
+
+
+@dataclass
+class BackwardCall:
+    """One case's backward on one device, ready to run."""
+
+    forward: Call
+    cotangents: Cotangents  # float32, on the same device: what the rule is computed from
+    dout: torch.Tensor
+    dlse: torch.Tensor | None
+    gradients: dict[str, Strided]  # dq, dk, dv
+
+    def arguments(self, attention: Any, attention_varlen: Any) -> dict[str, Any]:
+        """Runs the forward; what `attention_backward` takes, without dq, dk, dv."""
+        call = self.forward
+        result = call.run(attention, attention_varlen)
+        tensors = {"q": call.q, "k": call.k, "v": call.v, "out": result.o, "lse": result.lse}
+        return {"dout": self.dout, **tensors, "dlse": self.dlse, **call.options}
+
+    def run(self, anyflash: Any, **options: Any) -> Gradients:
+        """dQ, dK, dV by anyflash, into the poisoned tensors."""
+        arguments = self.arguments(anyflash.attention, anyflash.attention_varlen)
+        given = {name: tensor.view for name, tensor in self.gradients.items()}
+        results = anyflash.attention_backward(**arguments, **given, **options)
+        for result, tensor in zip(results, given.values()):
+            assert result.data_ptr() == tensor.data_ptr(), "a given gradient was not used"
+        return Gradients(*results)
+
+    def poison(self) -> None:
+        for tensor in self.gradients.values():
+            tensor.storage.fill_(math.nan)
+
+    def untouched(self) -> bool:
+        """True if no memory around the gradients was written."""
+        return all(tensor.untouched_around() for tensor in self.gradients.values())
 
 
 _LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
@@ -78,8 +125,7 @@ def prepare(case: Case, dtype: str, device: str) -> Call:
     q, k, v = (
         _placed(getattr(inputs, name), _layout_of(case, name), torch_dtype) for name in "qkv"
     )
-    out_layout = "contiguous" if case.layout == "broadcast" else case.layout
-    out = strided(case.shape_o, out_layout, torch_dtype, device)
+    out = strided(case.shape_o, _layout_of(case, "out"), torch_dtype, device)
     options: dict[str, Any] = {
         "causal": case.causal,
         "window": case.window,
@@ -95,8 +141,24 @@ def prepare(case: Case, dtype: str, device: str) -> Call:
     return Call(case, inputs, q, k, v, out, options)
 
 
+def prepare_backward(case: Case, dtype: str, device: str, with_lse: bool = True) -> BackwardCall:
+    forward = prepare(case, dtype, device)
+    cotangents = make_cotangents(case, dtype, with_lse)
+    cotangents.dout = torch.from_numpy(cotangents.dout).to(device)
+    if cotangents.dlse is not None:
+        cotangents.dlse = torch.from_numpy(cotangents.dlse).to(device)
+    layout = _layout_of(case, "out")
+    torch_dtype = getattr(torch, dtype)
+    gradients = {
+        f"d{name}": strided(tuple(getattr(forward, name).shape), layout, torch_dtype, device)
+        for name in "qkv"
+    }
+    dout = _placed(cotangents.dout, layout, torch_dtype)
+    return BackwardCall(forward, cotangents, dout, cotangents.dlse, gradients)
+
+
 def _layout_of(case: Case, name: str) -> str:
-    return "contiguous" if case.layout == "broadcast" and name == "q" else case.layout
+    return "contiguous" if case.layout == "broadcast" and name in ("q", "out") else case.layout
 
 
 def _placed(values: torch.Tensor, layout: str, dtype: torch.dtype) -> torch.Tensor:

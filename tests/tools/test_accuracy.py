@@ -6,8 +6,17 @@ import math
 
 import numpy as np
 import pytest
-from accuracy import formula, sequences, standard, worst_violation
-from case_list import load_cases, make_inputs, round_to
+from accuracy import (
+    Gradients,
+    formula,
+    gradient_formula,
+    sequences,
+    standard,
+    standard_gradients,
+    worst_gradient_violation,
+    worst_violation,
+)
+from case_list import Cotangents, load_cases, make_cotangents, make_inputs, round_to
 
 CASES = {case.name: case for case in load_cases()}
 DTYPES = ["float16", "bfloat16", "float32"]
@@ -118,3 +127,66 @@ def test_torch_and_numpy_agree():
     np.testing.assert_allclose(result.lse.numpy(), expected.lse, rtol=1e-12, atol=1e-14)
     result.o = result.o.to(torch.bfloat16)
     assert worst_violation(result, inputs, "bfloat16") is None
+
+
+# Gradients
+
+GRADIENT_CASES = ["d 7 causal", "gqa 3", "window softcap alibi", "packed seqused short gqa"]
+
+
+@pytest.mark.parametrize("name", GRADIENT_CASES)
+def test_gradient_formula_is_the_formula_differentiated(name):
+    case = CASES[name]
+    inputs, cotangents = make_inputs(case, "float32"), make_cotangents(case, "float32")
+    random = np.random.default_rng(5)
+    start = {n: getattr(inputs, n).astype(np.float64) for n in "qkv"}
+    direction = {n: random.standard_normal(x.shape) for n, x in start.items()}
+
+    def loss(step):
+        for n, x in start.items():
+            setattr(inputs, n, x + step * direction[n])
+        result = formula(inputs)
+        of_lse = np.where(np.isfinite(result.lse), cotangents.dlse * result.lse, 0)
+        return np.nansum(cotangents.dout * result.o) + np.nansum(of_lse)
+
+    step = 1e-4
+    near, far = loss(step) - loss(-step), loss(2 * step) - loss(-2 * step)
+    loss(0.0)
+    gradients = vars(gradient_formula(inputs, cotangents)).values()
+    along = sum(np.nansum(g * x) for g, x in zip(gradients, direction.values()))
+    np.testing.assert_allclose(along, (8 * near - far) / (12 * step), rtol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["causal", "packed seqused", "softcap", "no keys", "large values"])
+def test_gradient_rule_accepts_the_rounded_formula_and_the_standard_computation(name, dtype):
+    inputs, cotangents = make_inputs(CASES[name], dtype), make_cotangents(CASES[name], dtype)
+    exact = gradient_formula(inputs, cotangents)
+    rounded = Gradients(*(round_to(x, dtype) for x in vars(exact).values()))
+    for result in (rounded, standard_gradients(inputs, cotangents, dtype)[0]):
+        assert worst_gradient_violation(result, inputs, cotangents, dtype) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "spoil, complaint",
+    [
+        (lambda g: g.dq.__setitem__((0, 3, 1, 2), np.nan), "dQ[0, 3, 1, 2] is NaN"),
+        (lambda g: g.dk.__setitem__((0, 3, 1, 2), g.dk[0, 3, 1, 2] + 0.1), "dK[0, 3, 1, 2]"),
+        (lambda g: g.dv.__imul__(1.03), "dV"),
+        (lambda g: g.dq.__imul__(0.97), "dQ"),
+    ],
+)
+def test_gradient_rule_rejects_what_is_wrong(dtype, spoil, complaint):
+    inputs, cotangents = make_inputs(CASES["plain"], dtype), make_cotangents(CASES["plain"], dtype)
+    result = gradient_formula(inputs, cotangents)
+    spoil(result)
+    violation = worst_gradient_violation(result, inputs, cotangents, dtype) or ""
+    assert complaint in violation
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_rule_notices_a_missing_gradient_of_lse(dtype):
+    inputs, cotangents = make_inputs(CASES["plain"], dtype), make_cotangents(CASES["plain"], dtype)
+    result = gradient_formula(inputs, Cotangents(cotangents.dout, None))
+    assert worst_gradient_violation(result, inputs, cotangents, dtype) is not None
