@@ -692,3 +692,295 @@ def test_torch_refusals(binding):
         anyflash.attention(fake, fake, fake)
     with pytest.raises(NotImplementedError, match=r"q inside a transformation of torch \(vmap,"):
         torch.func.vmap(lambda x: anyflash.attention(x, x, x))(torch.zeros(3, 1, 8, 2, 64))
+
+
+# Gradients
+
+DENSE_BACKWARD = {**DENSE, "dout": f(2, 8, 4, 32), "out": f(2, 8, 4, 32), "lse": f(2, 4, 8)}
+PACKED_BACKWARD = {**PACKED, "dout": f(12, 4, 32), "out": f(12, 4, 32), "lse": f(4, 12)}
+BOTH = f(2, 18, 4, 64)
+
+# What is said of q, k, v and the options is above: a call of each kind, and the new arguments.
+BACKWARD_REFUSALS = {
+    "dense": [
+        (
+            {"k": f(3, 9, 2, 64)},
+            ValueError,
+            "q has batch 2 but k has batch 3; they must be equal",
+        ),
+        (
+            {"softcap": -1.0},
+            ValueError,
+            "softcap is -1; it must be 0 (off) or a finite positive number, at least 1e-20",
+        ),
+        # absent
+        (
+            {"dout": None},
+            ValueError,
+            "dout is missing; the backward reads the gradient of the output",
+        ),
+        ({"out": None}, ValueError, "out is missing; the backward reads what the forward wrote"),
+        ({"lse": None}, ValueError, "lse is missing; the backward reads what the forward wrote"),
+        # dout and dlse
+        (
+            {"dout": [1.0]},
+            TypeError,
+            (
+                "dout is a list; it must be a tensor: torch, NumPy, CuPy, JAX, or any object with"
+                " __dlpack__"
+            ),
+        ),
+        (
+            {"dout": f(2, 8, 4, 64)},
+            ValueError,
+            (
+                "dout has shape [2, 8, 4, 64]; it must be [batch, seqlen_q, heads, dv] = [2, 8, "
+                "4, 32]"
+            ),
+        ),
+        (
+            {"dout": f(8, 4, 32)},
+            ValueError,
+            "dout has rank 3 ([8, 4, 32]); it must have rank 4: [batch, seqlen_q, heads, dv]",
+        ),
+        (
+            {"dout": h(2, 8, 4, 32)},
+            TypeError,
+            (
+                "q has dtype float32 but dout has dtype float16; q, k, v and the output must have"
+                " one dtype: convert dout"
+            ),
+        ),
+        (
+            {"dout": every_second(f(2, 8, 4, 32))},
+            ValueError,
+            (
+                "dout has stride 2 in its last dimension; that dimension must be contiguous "
+                "(stride 1): copy dout to a contiguous tensor first"
+            ),
+        ),
+        (
+            {"dlse": 3.0},
+            TypeError,
+            (
+                "dlse is a float; it must be a tensor: torch, NumPy, CuPy, JAX, or any object with"
+                " __dlpack__"
+            ),
+        ),
+        (
+            {"dlse": f(2, 8, 4)},
+            ValueError,
+            "dlse has shape [2, 8, 4]; it must be [batch, heads, seqlen_q] = [2, 4, 8]",
+        ),
+        (
+            {"dlse": f(2, 4, 8, dtype=np.float64)},
+            TypeError,
+            "dlse has dtype float64; it must be float32",
+        ),
+        (
+            {"dlse": f(2, 4, 16)[..., ::2]},
+            ValueError,
+            (
+                "dlse has strides [64, 16, 2] for shape [2, 4, 8]; it must be contiguous: copy it "
+                "first"
+            ),
+        ),
+        # what the forward wrote
+        (
+            {"out": f(2, 9, 4, 32)},
+            ValueError,
+            (
+                "out has shape [2, 9, 4, 32]; it must be [batch, seqlen_q, heads, dv] = [2, 8, 4,"
+                " 32]"
+            ),
+        ),
+        (
+            {"lse": f(2, 8, 4)},
+            ValueError,
+            "lse has shape [2, 8, 4]; it must be [batch, heads, seqlen_q] = [2, 4, 8]",
+        ),
+        ({"lse": h(2, 4, 8)}, TypeError, "lse has dtype float16; it must be float32"),
+        (
+            {"lse": f(2, 4, 8, 1)},
+            ValueError,
+            "lse has rank 4 ([2, 4, 8, 1]); it must have rank 3: [batch, heads, seqlen_q]",
+        ),
+        # gradients to write
+        (
+            {"dq": f(2, 8, 4, 32)},
+            ValueError,
+            ("dq has shape [2, 8, 4, 32]; it must be [batch, seqlen_q, heads, d] = [2, 8, 4, 64]"),
+        ),
+        (
+            {"dk": f(2, 9, 4, 64)},
+            ValueError,
+            (
+                "dk has shape [2, 9, 4, 64]; it must be [batch, seqlen_k, heads_k, d] = [2, 9, 2,"
+                " 64]"
+            ),
+        ),
+        (
+            {"dv": f(2, 9, 2, 64)},
+            ValueError,
+            (
+                "dv has shape [2, 9, 2, 64]; it must be [batch, seqlen_k, heads_k, dv] = [2, 9, "
+                "2, 32]"
+            ),
+        ),
+        (
+            {"dv": h(2, 9, 2, 32)},
+            TypeError,
+            (
+                "q has dtype float32 but dv has dtype float16; q, k, v and the output must have "
+                "one dtype: convert dv"
+            ),
+        ),
+        (
+            {"dq": read_only(f(2, 8, 4, 64))},
+            ValueError,
+            "dq is read-only; it must be writable",
+        ),
+        (
+            {"dk": broadcast(2, 9, 2, 64)},
+            ValueError,
+            (
+                "dk has stride 0 in dimension 0 of size 2; every element of an output must have "
+                "its own memory"
+            ),
+        ),
+        (
+            {"dq": every_second(f(2, 8, 4, 64))},
+            ValueError,
+            (
+                "dq has stride 2 in its last dimension; that dimension must be contiguous (stride "
+                "1): copy dq to a contiguous tensor first"
+            ),
+        ),
+        # memory
+        (
+            {"q": SHARED, "dq": SHARED},
+            ValueError,
+            ("dq shares memory with q; outputs must not overlap inputs: give it memory of its own"),
+        ),
+        (
+            {"dout": SHARED[..., :32], "dq": SHARED},
+            ValueError,
+            (
+                "dq shares memory with dout; outputs must not overlap inputs: give it memory of "
+                "its own"
+            ),
+        ),
+        (
+            {"out": SHARED[..., :32], "dq": SHARED},
+            ValueError,
+            (
+                "dq shares memory with out; outputs must not overlap inputs: give it memory of "
+                "its own"
+            ),
+        ),
+        (
+            {"dq": BOTH[:, :8], "dk": BOTH[:, :9, :2]},
+            ValueError,
+            (
+                "dk shares memory with dq; outputs must not overlap inputs: give it memory of its"
+                " own"
+            ),
+        ),
+    ],
+    "packed": [
+        (
+            {"dout": f(12, 4, 64)},
+            ValueError,
+            "dout has shape [12, 4, 64]; it must be [total_q, heads, dv] = [12, 4, 32]",
+        ),
+        (
+            {"dout": f(1, 12, 4, 32)},
+            ValueError,
+            "dout has rank 4 ([1, 12, 4, 32]); it must have rank 3: [total_q, heads, dv]",
+        ),
+        (
+            {"lse": f(12, 4)},
+            ValueError,
+            "lse has shape [12, 4]; it must be [heads, total_q] = [4, 12]",
+        ),
+        (
+            {"dlse": f(4, 11)},
+            ValueError,
+            "dlse has shape [4, 11]; it must be [heads, total_q] = [4, 12]",
+        ),
+        (
+            {"dq": f(12, 2, 64)},
+            ValueError,
+            "dq has shape [12, 2, 64]; it must be [total_q, heads, d] = [12, 4, 64]",
+        ),
+        (
+            {"dk": f(9, 4, 64)},
+            ValueError,
+            "dk has shape [9, 4, 64]; it must be [total_k, heads_k, d] = [9, 2, 64]",
+        ),
+        (
+            {"dv": f(9, 2, 64)},
+            ValueError,
+            "dv has shape [9, 2, 64]; it must be [total_k, heads_k, dv] = [9, 2, 32]",
+        ),
+        (
+            {"cu_seqlens_q": None},
+            ValueError,
+            (
+                "cu_seqlens_k is given but cu_seqlens_q is missing; packed problems need both, "
+                "dense ones neither"
+            ),
+        ),
+    ],
+}
+
+BACKWARD_TABLE = [
+    pytest.param(kind, changes, exception, message, id=f"{kind}: {message[:60]}")
+    for kind, entries in BACKWARD_REFUSALS.items()
+    for changes, exception, message in entries
+]
+
+
+def gradients_of(kind, changes):
+    """The arguments, every gradient given and full of 7 where `changes` does not give it."""
+    arguments = {**(DENSE_BACKWARD if kind == "dense" else PACKED_BACKWARD), **changes}
+    sound = DENSE if kind == "dense" else PACKED
+    for name in ("dq", "dk", "dv"):
+        arguments.setdefault(name, np.full(sound[name[1]].shape, 7, np.float32))
+    return arguments
+
+
+@pytest.mark.parametrize(("kind", "changes", "exception", "message"), BACKWARD_TABLE)
+def test_backward_refusal(kind, changes, exception, message):
+    """The exception, all of its words, and that no gradient is written."""
+    arguments = gradients_of(kind, changes)
+    before = {name: np.array(arguments[name]) for name in ("dq", "dk", "dv")}
+    with pytest.raises(exception) as caught:
+        anyflash.attention_backward(**arguments)
+    assert str(caught.value) == message
+    assert type(caught.value) is exception
+    for name, x in before.items():
+        np.testing.assert_array_equal(np.array(arguments[name]), x)
+
+
+def test_sound_backward_calls_run():
+    for kind in ("dense", "packed"):
+        arguments = gradients_of(kind, {})
+        gradients = anyflash.attention_backward(**arguments)
+        assert [x.shape for x in gradients] == [arguments[n].shape for n in "qkv"]
+
+
+def test_backward_of_float64_is_refused():
+    doubles = {n: x.astype(np.float64) for n, x in DENSE_BACKWARD.items() if n != "lse"}
+    with pytest.raises(NotImplementedError) as caught:
+        anyflash.attention_backward(**doubles, lse=DENSE_BACKWARD["lse"])
+    assert str(caught.value) == (
+        "asked: backward of float64; available: float32, float16, bfloat16 on the CPU; missing: a "
+        "tiled algorithm in double (the reference takes float64)"
+    )
+
+
+def test_reference_backward_refuses_alike():
+    arguments = {n: x for n, x in DENSE_BACKWARD.items() if n not in ("out", "lse")}
+    with pytest.raises(ValueError, match=r"^dlse has shape \[2, 8, 4\]; it must be \[batch, heads"):
+        anyflash.reference_backward(**arguments, dlse=f(2, 8, 4))
