@@ -135,8 +135,8 @@ def _problem(
 
 
 def _refuse_gradients(arguments: Arguments | BackwardArguments) -> None:
-    for name in ("q", "k", "v", "alibi_slopes", "out"):
-        tensor = getattr(arguments, name)
+    for name in ("q", "k", "v", "alibi_slopes", "out", "lse", "dout", "dlse"):
+        tensor = getattr(arguments, name, None)
         if tensor is not None and adapter_of(tensor, name).needs_grad(tensor):
             raise NotImplementedError(
                 f"asked: gradients through a function that has none ({name}.requires_grad is "
@@ -165,7 +165,6 @@ class _Read(NamedTuple):
 def _read(arguments: Arguments) -> _Read:
     _options.flag(arguments.return_lse, "return_lse")
     inputs = _describe_inputs(arguments)
-    _refuse_gradients(arguments)
     q, v = inputs[0], inputs[2]
     assert q is not None and v is not None
     options = _options_of(arguments, q.shape[-1] if q.shape else 1)
@@ -205,6 +204,7 @@ def forward(*positional: Any) -> Any:
     routed = adapter_of(arguments.q, "q").route(arguments)
     if routed is not None:
         return routed(arguments)
+    _refuse_gradients(arguments)
     return compute(*positional)
 
 
@@ -239,6 +239,7 @@ def _run(problem: bytes, like: Any, adapter: Adapter, q: Described) -> None:
 def reference(*positional: Any) -> Any:
     """O, or (O, L), by the plain formula in double on the CPU."""
     arguments = Arguments(*positional)
+    _refuse_gradients(arguments)
     inputs, out, options, adapter, q, v = _read(arguments)
     outputs = _allocate(arguments, adapter, q, v, out)
     problem = _problem(inputs, outputs.o_described, outputs.lse_described, options)
@@ -259,7 +260,6 @@ class _BackwardCall:
     def __init__(self, arguments: BackwardArguments) -> None:
         self.arguments = arguments
         self.inputs = _describe_inputs(arguments)
-        _refuse_gradients(arguments)
         q = self.inputs[0]
         assert q is not None
         self.q = q
@@ -297,6 +297,16 @@ class _BackwardCall:
 
 
 def backward(*positional: Any) -> Any:
+    """dQ, dK, dV; the library of q may want to see the call."""
+    arguments = BackwardArguments(*positional)
+    routed = adapter_of(arguments.q, "q").route(arguments)
+    if routed is not None:
+        return routed(arguments)
+    _refuse_gradients(arguments)
+    return compute_backward(*positional)
+
+
+def compute_backward(*positional: Any) -> Any:
     """dQ, dK, dV. Everything is validated before the first allocation."""
     call = _BackwardCall(BackwardArguments(*positional))
     _library.make_plan(call.problem(), None)
@@ -307,7 +317,9 @@ def backward(*positional: Any) -> Any:
 
 def reference_backward(*positional: Any) -> Any:
     """dQ, dK, dV by the plain formula in double on the CPU."""
-    call = _BackwardCall(BackwardArguments(*positional))
+    arguments = BackwardArguments(*positional)
+    _refuse_gradients(arguments)
+    call = _BackwardCall(arguments)
     gradients = call.allocate()
     _library.check(_library.library().anyflash_reference(call.problem()))
     return call.returned(gradients)

@@ -47,8 +47,8 @@ class Adapter:
         return False
 
     def route(self, arguments: Any) -> Callable[[Any], Any] | None:
-        """Who takes a forward (`_call.Arguments`) instead, where the library's own machinery has to
-        see it."""
+        """Who takes these `_call.Arguments` or `_call.BackwardArguments` instead, where the
+        library's own machinery has to see the call."""
         return None
 
     def deterministic(self) -> bool:
@@ -137,12 +137,10 @@ class Torch(Adapter):
         return bool(tensor.requires_grad and self.torch.is_grad_enabled())
 
     def route(self, arguments: Any) -> Callable[[Any], Any] | None:
-        for tensor in arguments[:3]:  # q, k, v
-            if isinstance(tensor, self.torch.Tensor) and self.needs_grad(tensor):
-                from .torch import _autograd
+        from .torch import _route
 
-                return _autograd.forward
-        return None
+        forward = hasattr(arguments, "return_lse")
+        return _route.of_forward(arguments) if forward else _route.of_backward(arguments)
 
     def deterministic(self) -> bool:
         return bool(self.torch.are_deterministic_algorithms_enabled())

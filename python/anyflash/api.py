@@ -85,7 +85,8 @@ def attention(
 
     Source: FlashAttention-2 (arXiv 2307.08691), Algorithm 1.
     """
-    return _backend.forward(
+    forward = _backend.traced_forward if _backend.compiling() else _backend.forward
+    return forward(
         q,
         k,
         v,
@@ -191,7 +192,8 @@ def attention_varlen(
     if cu_seqlens_q is None or cu_seqlens_k is None:
         name = "cu_seqlens_q" if cu_seqlens_q is None else "cu_seqlens_k"
         raise TypeError(f"{name} is None; it must be an int32 tensor of shape [batch + 1]")
-    return _backend.forward(
+    forward = _backend.traced_forward if _backend.compiling() else _backend.forward
+    return forward(
         q,
         k,
         v,
@@ -306,7 +308,8 @@ def attention_backward(
 
     Source: FlashAttention-2 (arXiv 2307.08691), Algorithm 2; dS = P (dP - delta + dL).
     """
-    return _backend.backward(  # type: ignore[no-any-return]
+    backward = _backend.traced_backward if _backend.compiling() else _backend.backward
+    return backward(  # type: ignore[no-any-return]
         dout,
         q,
         k,

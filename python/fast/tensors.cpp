@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <array>
 
-#include "dlpack.h"
-
 namespace fast {
 namespace {
 
@@ -209,6 +207,8 @@ bool read_tensor(PyObject* object, anyflash_tensor& tensor, Ref& keep) {
   return false;
 }
 
+bool is_torch_tensor(PyObject* object) { return tensor_type_of(object).empty_like != nullptr; }
+
 bool requires_grad(PyObject* object) {
   if (!tensor_type_of(object).has_grad) return false;
   Ref value(PyObject_GetAttr(object, names.requires_grad));
@@ -225,6 +225,32 @@ Ref make_tensor(PyObject* q, const anyflash_tensor& like, bool as_float32, int n
                                : make_by_numpy(type, q, as_float32, ndim, shape);
   if (!tensor) PyErr_Clear();
   return tensor;
+}
+
+Workspace::~Workspace() {
+  if (managed_ && managed_->deleter) managed_->deleter(managed_);
+}
+
+bool Workspace::allocate(PyObject* object, const anyflash_tensor& like, uint64_t bytes) {
+  const TensorType& type = tensor_type_of(object);
+  if (!type.api) return false;
+  int64_t count = static_cast<int64_t>(bytes / sizeof(float)) + 65; // and room to align
+  dlpack::Tensor prototype{};
+  prototype.device = {like.device_type, like.device_index};
+  prototype.ndim = 1;
+  prototype.shape = &count;
+  prototype.dtype = {dlpack::code_float, 32, 1};
+  if (type.api->allocate(&prototype, &managed_, nullptr, ignore_error) == 0) return true;
+  managed_ = nullptr;
+  PyErr_Clear();
+  return false;
+}
+
+void* Workspace::data() const {
+  if (!managed_) return nullptr;
+  const dlpack::Tensor& tensor = managed_->tensor;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset;
+  return reinterpret_cast<void*>((address + 255) / 256 * 256);
 }
 
 bool current_stream(PyObject* q, const anyflash_tensor& tensor, void*& stream) {

@@ -16,7 +16,9 @@ def binding(request, monkeypatch):
     if request.param == "fast":
         pytest.importorskip("anyflash._fast", reason="the extension _fast is not built")
         monkeypatch.delenv("ANYFLASH_NO_FAST", raising=False)
-        monkeypatch.setattr(_backend, "forward", _backend.choose())
+        way = _backend.choose()
     else:
-        monkeypatch.setattr(_backend, "forward", _call.forward)
+        way = _call
+    for name in _backend.FUNCTIONS:
+        monkeypatch.setattr(_backend, name, getattr(way, name))
     return request.param

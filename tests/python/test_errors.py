@@ -675,7 +675,7 @@ def test_torch_refusals(binding):
     with torch.no_grad():
         anyflash.attention(q.clone().requires_grad_(), q, q)
     with pytest.raises(NotImplementedError) as caught:
-        anyflash.attention(q.to("meta"), q, q)
+        anyflash.reference(q.to("meta"), q, q)
     assert str(caught.value) == (
         "asked: attention on meta (q); available: cpu and cuda; missing: a backend for it"
     )
@@ -689,9 +689,9 @@ def test_torch_refusals(binding):
     with FakeTensorMode():
         fake = torch.zeros(1, 8, 2, 64)
     with pytest.raises(NotImplementedError, match="asked: attention with q a FakeTensor"):
-        anyflash.attention(fake, fake, fake)
+        anyflash.reference(fake, fake, fake)
     with pytest.raises(NotImplementedError, match=r"q inside a transformation of torch \(vmap,"):
-        torch.func.vmap(lambda x: anyflash.attention(x, x, x))(torch.zeros(3, 1, 8, 2, 64))
+        torch.func.vmap(lambda x: anyflash.reference(x, x, x))(torch.zeros(3, 1, 8, 2, 64))
 
 
 # Gradients

@@ -310,8 +310,9 @@ def test_fast_takes_the_usual_calls_itself(monkeypatch):
     def complete(*arguments):
         raise AssertionError("handed to the complete way")
 
-    fast.bind(_library.find(), complete, _library.show_notice)
-    monkeypatch.setattr(_backend, "forward", fast.forward)
+    fast.bind(_library.find(), *[complete] * 4, _library.show_notice)
+    for name in _backend.FUNCTIONS:
+        monkeypatch.setattr(_backend, name, getattr(fast, name))
     try:
         check(*attend(Q, K, V, window=(None, 3), scale=None, softcap=0.0, deterministic=True))
         anyflash.attention(Q, K, V, out=np.zeros(O.shape, np.float32), scale=0.3, softcap=2.0)
@@ -324,6 +325,15 @@ def test_fast_takes_the_usual_calls_itself(monkeypatch):
         if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
             q, k, v = (torch.from_numpy(x).bfloat16() for x in (Q, K, V))
             attend(q, k, v, out=torch.zeros(O.shape, dtype=torch.bfloat16))
+            tensors = [x.requires_grad_() for x in (q, k, v)]
+            o, lse = anyflash.attention(*tensors, causal=True, return_lse=True)
+            torch.autograd.grad(o.sum() + lse.sum(), tensors)
+            slopes = torch.ones(4)
+            torch.autograd.grad(anyflash.attention(q, k, v, alibi_slopes=slopes).sum(), tensors)
+            with torch.no_grad():
+                anyflash.attention_backward(o, *tensors, o, lse)
+            with torch.autocast("cpu", torch.bfloat16):
+                anyflash.attention(q, k, v)
     finally:
         _backend.choose()
 

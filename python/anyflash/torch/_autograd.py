@@ -8,11 +8,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from .. import _backend
 from .._call import Arguments
 
-_NOT_GIVEN = (None, None, None)  # dq, dk, dv: allocated by the call
+# Positions in `options`
+_CU_SEQLENS_Q = Arguments._fields.index("cu_seqlens_q") - 3
+_ALIBI_SLOPES = Arguments._fields.index("alibi_slopes") - 3
+_OPTIONAL_TENSORS = tuple(
+    Arguments._fields.index(name) - 3
+    for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "alibi_slopes")
+)
 
 
 def forward(arguments: Arguments) -> Any:
@@ -22,13 +29,38 @@ def forward(arguments: Arguments) -> Any:
             "out is given and a gradient is wanted; autograd keeps the output for the backward: "
             "leave out away, or call under torch.no_grad()"
         )
-    slopes = arguments.alibi_slopes
-    if isinstance(slopes, torch.Tensor) and slopes.requires_grad:
+    refuse_gradient_of_slopes(arguments.alibi_slopes)
+    o, lse = _backend.compute(*arguments[:-1], True)
+    options = (*arguments[3:14], deterministic_now(arguments.deterministic))
+    return attach(*arguments[:3], (o, lse, arguments.return_lse), options)
+
+
+def refuse_gradient_of_slopes(slopes: Any) -> None:
+    if isinstance(slopes, torch.Tensor) and slopes.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError(
             "asked: gradients of alibi_slopes (alibi_slopes.requires_grad is True); available: "
             "gradients of q, k and v; missing: this one: pass alibi_slopes.detach()"
         )
-    return Attention.apply(*arguments)
+
+
+def refuse_forward_mode(arguments: Arguments) -> None:
+    """Dual tensors, whose tangent would be lost."""
+    if forward_ad._current_level < 0:
+        return
+    for name, x in zip("qkv", arguments):
+        if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f"asked: forward-mode differentiation of attention (jvp; {name} has a tangent); "
+                "available: reverse mode (backward, grad, vjp); missing: a formula for tangents"
+            )
+
+
+def refuse_second_derivatives(ctx: Any, *gradients: Any) -> Any:
+    """The backward of the backward."""
+    raise NotImplementedError(
+        "asked: second derivatives of attention (a gradient of its backward); available: first "
+        "derivatives; missing: the backward of the backward"
+    )
 
 
 def deterministic_now(given: Any) -> Any:
@@ -44,64 +76,69 @@ def with_unit_stride(dout: Any) -> Any:
     return dout.contiguous()
 
 
+def zeros_like_expanded(o: Any) -> Any:
+    """The gradient of an O that was not used: one row of zeros, seen everywhere."""
+    return o.new_zeros((1,) * (o.dim() - 1) + o.shape[-1:]).expand(o.shape)
+
+
 class Attention(torch.autograd.Function):  # type: ignore[misc]
-    """The tensors of a call are kept by save_for_backward: hooks of saved tensors (offloading,
-    checkpointing) see them, and one changed in place since is an error."""
+    """Gives what has been computed a gradient function.
+
+    The tensors of a call are kept by save_for_backward: hooks of saved tensors (offloading,
+    checkpointing) see them, and one changed in place since is an error.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *positional: Any) -> Any:
-        arguments = Arguments(*positional)
-        o, lse = _backend.compute(*arguments[:-1], True)
+    def forward(ctx: Any, q: Any, k: Any, v: Any, results: Any, options: Any) -> Any:
+        """results: (o, lse, is L wanted). options: those of `_call.Arguments` from cu_seqlens_q to
+        deterministic."""
+        o, lse, return_lse = results
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            arguments.q,
-            arguments.k,
-            arguments.v,
-            o,
-            lse,
-            arguments.cu_seqlens_q,
-            arguments.cu_seqlens_k,
-            arguments.seqused_q,
-            arguments.seqused_k,
-            arguments.alibi_slopes,
-        )
-        ctx.lengths = arguments.max_seqlen_q, arguments.max_seqlen_k
-        ctx.score = arguments.causal, arguments.window, arguments.scale, arguments.softcap
-        ctx.deterministic = deterministic_now(arguments.deterministic)
-        return (o, lse) if arguments.return_lse else o
+        if options[_CU_SEQLENS_Q] is None and options[_ALIBI_SLOPES] is None:
+            ctx.save_for_backward(q, k, v, o, lse)
+        else:
+            ctx.save_for_backward(q, k, v, o, lse, *(options[i] for i in _OPTIONAL_TENSORS))
+            options = tuple(
+                None if i in _OPTIONAL_TENSORS else option for i, option in enumerate(options)
+            )
+        ctx.options = options
+        return (o, lse) if return_lse else o
 
     @staticmethod
     def backward(ctx: Any, dout: Any, dlse: Any = None) -> Any:
         if dout is None and dlse is None:
-            return (None,) * len(Arguments._fields)
-        q, k, v, o, lse, cu_q, cu_k, used_q, used_k, slopes = ctx.saved_tensors
-        if dout is None:  # only L was used
-            dout = o.new_zeros((1,) * (o.dim() - 1) + o.shape[-1:]).expand(o.shape)
+            return None, None, None, None, None
+        q, k, v, o, lse, *optional = ctx.saved_tensors
+        options = ctx.options
+        if optional:
+            options = list(options)
+            for i, tensor in zip(_OPTIONAL_TENSORS, optional):
+                options[i] = tensor
+        dout = zeros_like_expanded(o) if dout is None else with_unit_stride(dout)
         if dlse is not None:
             dlse = dlse.contiguous()
-        given = (with_unit_stride(dout), q, k, v, o, lse, dlse, cu_q, cu_k, *ctx.lengths)
-        arguments = (*given, used_q, used_k, *ctx.score, slopes, ctx.deterministic, *_NOT_GIVEN)
-        if torch.is_grad_enabled():  # create_graph: the gradients get a gradient function, too
-            gradients = Gradients.apply(*arguments)
-        else:
-            gradients = _backend.backward(*arguments)
+        # create_graph: the gradients get a gradient function, too.
+        function = Gradients.apply if torch.is_grad_enabled() else _backend.backward
+        dq, dk, dv = function(dout, q, k, v, o, lse, dlse, *options, None, None, None)
         wanted = ctx.needs_input_grad
         return (
-            *(gradient if wanted[i] else None for i, gradient in enumerate(gradients)),
-            *(None,) * (len(Arguments._fields) - 3),
+            dq if wanted[0] else None,
+            dk if wanted[1] else None,
+            dv if wanted[2] else None,
+            None,
+            None,
         )
+
+
+# Function.apply without its checks, which `_route` has made.
+attach = super(torch.autograd.Function, Attention).apply
 
 
 class Gradients(torch.autograd.Function):  # type: ignore[misc]
     """The backward as a function of its own, for who asks for a graph of it: it ends here."""
 
     @staticmethod
-    def forward(ctx: Any, *positional: Any) -> Any:
-        return _backend.backward(*positional)
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        return _backend.backward(*arguments)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        raise NotImplementedError(
-            "asked: second derivatives of attention (a gradient of its backward); available: "
-            "first derivatives; missing: the backward of the backward"
-        )
+    backward = staticmethod(refuse_second_derivatives)
