@@ -7,6 +7,8 @@ A table stands between <!-- table:NAME --> and <!-- /table:NAME -->:
   gpu, options  from tests/device/record.json, which tools/gpu_check.py writes: native images
   gpu-images, options-images   the same of the other images
   cpu           from bench/cpu_forward.json, which bench/cpu_forward.py writes
+  train         from docs/train_gpt_*.json, which examples/train_gpt.py writes
+  agreement     from bench/transformers_agreement.json, which its script writes
 Without its file a table says that nothing was measured yet.
 """
 
@@ -23,6 +25,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = Path("tests/device/record.json")
 CPU = Path("bench/cpu_forward.json")
+TRAIN = {"CPU": Path("docs/train_gpt_cpu.json"), "GPU": Path("docs/train_gpt_gpu.json")}
+AGREEMENT = Path("bench/transformers_agreement.json")
 NOT_YET = "Not measured yet."
 IMAGES = {
     "compute_80 PTX": "PTX of compute_80, compiled by the driver",
@@ -106,13 +110,63 @@ def disturbance(cells: Sequence[Cell]) -> str:
     )
 
 
+def train_table(root: Path) -> str:
+    """The training example: loss, time and memory of both attentions."""
+    lines, remarks = [], []
+    for place, name in TRAIN.items():
+        if not (root / name).is_file():
+            continue
+        report = json.loads((root / name).read_text())
+        settings = report["settings"]
+        where = f"{place}, {settings['length']} characters a sequence"
+        for line in report["summary"]:
+            cells = [line["stopped"], "", ""]
+            if not line["stopped"]:
+                memory = f"{line['peak_bytes'] / 2**20:,.0f} MB"
+                cells = [f"{line['loss']:.3f}", f"{line['seconds']:.0f} s", memory]
+            lines.append([where, line["attention"], *cells])
+        torch, dtype = report["versions"]["torch"], settings["dtype"].rpartition(".")[2]
+        remarks.append(f"{report['hardware']}, {dtype}, torch {torch}, {report['date']}")
+    if not lines:
+        return NOT_YET
+    heads = ["", "attention", "loss, nats a character", "time of a run", "peak memory"]
+    return f"{'; '.join(remarks)}\n\n{markdown(heads, lines)}"
+
+
+def agreement_table(root: Path) -> str:
+    """How far transformers' models are from their eager attention."""
+    if not (root / AGREEMENT).is_file():
+        return NOT_YET
+    report = json.loads((root / AGREEMENT).read_text())
+    lines = [
+        [
+            line["model"],
+            f"{line['logits']:.0e}",
+            f"{line['gradients']:.0e}",
+            f"{line['same_tokens']} of {line['tokens']}" if "tokens" in line else "",
+        ]
+        for line in report["models"]
+    ]
+    heads = ["model", "logits", "gradients of all parameters", "generated tokens that are the same"]
+    return (
+        f"float32, {report['hardware']}, torch {report['torch']}, transformers "
+        f"{report['transformers']}, {report['date']}: largest difference from eager, over the "
+        f"largest value\n\n{markdown(heads, lines)}\n\nall-MiniLM-L6-v2 on paragraphs of the "
+        f"README: unit vectors differ by {report['minilm']:.0e} at most."
+    )
+
+
 Tables = dict[str, Callable[[Path], str]]
-TABLES: Tables = {"gpu": gpu_table, "options": option_table, "cpu": cpu_table}
+TABLES: Tables = {"gpu": gpu_table, "options": option_table, "cpu": cpu_table, "train": train_table}
 IMAGE_TABLES: Tables = {
     "gpu-images": partial(gpu_table, native=False),
     "options-images": partial(option_table, native=False),
 }
-PAGES: dict[str, Tables] = {"README.md": TABLES, "docs/kernels/sm80_forward.md": IMAGE_TABLES}
+PAGES: dict[str, Tables] = {
+    "README.md": TABLES,
+    "docs/kernels/sm80_forward.md": IMAGE_TABLES,
+    "docs/transformers.md": {"agreement": agreement_table},
+}
 
 
 def sections(root: Path, native: bool) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The README's Python examples run as they stand (on the CPU where they name a GPU)."""
+"""The documents' Python examples run as they stand (on the CPU where they name a GPU)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).resolve().parent.parent.parent / "README.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+ROOT = Path(__file__).resolve().parent.parent.parent
+README = ROOT / "README.md"
+EXAMPLES = [
+    example
+    for page in (README, ROOT / "docs" / "transformers.md")
+    for example in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+]
 
 
 def test_there_are_examples():
@@ -17,8 +22,9 @@ def test_there_are_examples():
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: text.splitlines()[0])
 def test_example(example):
-    if "torch" in example:
-        pytest.importorskip("torch", reason="torch is not installed")
+    for library in ("torch", "transformers"):
+        if re.search(rf"\b{library}\b", example):
+            pytest.importorskip(library, reason=f"{library} is not installed")
     exec(example.replace('"cuda"', '"cpu"').replace("4096", "96"), {})
 
 

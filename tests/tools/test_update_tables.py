@@ -47,7 +47,7 @@ def record(root, *cells, **changes):
 
 def test_nothing_measured(root):
     text = update_tables.updated(README, root)
-    assert text.count(update_tables.NOT_YET) == 3 and "old" not in text
+    assert text.count(update_tables.NOT_YET) == 4 and "old" not in text
     record(root)
     assert update_tables.updated(README, root) == text
 
@@ -131,3 +131,58 @@ def test_a_readme_without_a_place_is_an_error(root):
 def test_readme_is_current():
     text = (update_tables.ROOT / "README.md").read_text(encoding="utf-8")
     assert update_tables.updated(text, update_tables.ROOT) == text
+
+
+def test_training(root):
+    """A line for each attention and place; one that ran out of memory says so."""
+    (root / "docs").mkdir()
+    report = {
+        "hardware": "a GPU",
+        "date": "2026-11-22",
+        "versions": {"torch": "2.13.0"},
+        "settings": {"length": 8192, "dtype": "torch.bfloat16"},
+        "summary": [
+            {
+                "attention": "anyflash",
+                "loss": 1.2345,
+                "seconds": 12.4,
+                "peak_bytes": 3 * 2**30,
+                "stopped": "",
+            },
+            {"attention": "standard", "stopped": "CUDA out of memory"},
+        ],
+    }
+    (root / update_tables.TRAIN["GPU"]).write_text(json.dumps(report))
+    lines = update_tables.train_table(root).splitlines()
+    assert lines[0] == "a GPU, bfloat16, torch 2.13.0, 2026-11-22"
+    place = "GPU, 8192 characters a sequence"
+    assert lines[-2:] == [
+        f"| {place} | anyflash | 1.234 | 12 s | 3,072 MB |",
+        f"| {place} | standard | CUDA out of memory |  |  |",
+    ]
+
+
+def test_agreement(root):
+    assert update_tables.agreement_table(root) == update_tables.NOT_YET
+    report = {
+        "hardware": "x86_64 CPU",
+        "torch": "2.13.0",
+        "transformers": "5.23.0",
+        "date": "2026-11-22",
+        "minilm": 3.1e-7,
+        "models": [
+            {
+                "model": "Llama",
+                "logits": 6.6e-7,
+                "gradients": 1.4e-6,
+                "same_tokens": 108,
+                "tokens": 108,
+            },
+            {"model": "BERT", "logits": 6.6e-7, "gradients": 1.1e-6},
+        ],
+    }
+    (root / update_tables.AGREEMENT).write_text(json.dumps(report))
+    lines = update_tables.agreement_table(root).splitlines()
+    assert "transformers 5.23.0" in lines[0] and "3e-07 at most" in lines[-1]
+    assert "| Llama | 7e-07 | 1e-06 | 108 of 108 |" in lines
+    assert "| BERT | 7e-07 | 1e-06 |  |" in lines
