@@ -38,7 +38,7 @@ class Settings:
     width: int
     heads: int
     key_heads: int
-    rate: float = 4e-3
+    rate: float = 3e-3
     dtype: torch.dtype = torch.float32
 
 
@@ -163,7 +163,7 @@ class GPT(nn.Module):
         self.register_buffer("rotation", rotations(settings))
         for parameter in self.parameters():
             if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.02)
+                nn.init.normal_(parameter, std=settings.width**-0.5)
 
     def forward(self, characters: Tensor, following: Tensor) -> Tensor:
         """The mean loss, in nats a character."""

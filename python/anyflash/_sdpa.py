@@ -450,7 +450,7 @@ class _Replacement:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="(?s).*previously registered kernel")
             for operator, key, replace in _REPLACED:
-                if key == "CPU" or torch.backends.cuda.is_built():
+                if key == "CPU" or torch.version.cuda is not None:
                     original = torch.library.get_kernel(f"aten::{operator}", key)
                     self.library.impl(operator, replace(original), key, with_keyset=True)
 

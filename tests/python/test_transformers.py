@@ -199,6 +199,22 @@ def test_encoder_and_decoder():
         )
 
 
+@pytest.mark.parametrize(
+    "name, side, fullgraph",
+    [("BERT", "none", True), ("Llama", "none", False), ("Llama", "left", False)],
+)
+def test_compiled(name, side, fullgraph):
+    """The mask asks what its tensors hold: a decoder's graph breaks there, before the layers."""
+    torch._dynamo.reset()
+    model, mask = make(name), padding(side)
+    model.set_attn_implementation(NAME)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
+    with torch.no_grad():
+        found = compiled(tokens(), attention_mask=mask).logits
+        expected = model(tokens(), attention_mask=mask).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 # Generation
 
 
