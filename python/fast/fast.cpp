@@ -178,7 +178,7 @@ struct Call {
   bool read_inputs(PyObject* const* qkv, PyObject* const* options);
   Ref make(PyObject* like_object, const anyflash_tensor& like, anyflash_tensor& tensor);
   bool make_o(PyObject* q, Ref& o);
-  bool make_lse(PyObject* q, Ref& lse);
+  bool make_lse(PyObject* q, bool hidden, Ref& lse);
 };
 
 bool Call::read_inputs(PyObject* const* qkv, PyObject* const* options) {
@@ -208,12 +208,13 @@ bool Call::make_o(PyObject* q, Ref& o) {
   return o && read(o.get(), problem.o);
 }
 
-/// L: [B, H, N], or [H, total_q].
-bool Call::make_lse(PyObject* q, Ref& lse) {
+/// L: [B, H, N], or [H, total_q]. hidden: only the backward will read it.
+bool Call::make_lse(PyObject* q, bool hidden, Ref& lse) {
   const int64_t* size = problem.q.shape;
   std::array<int64_t, 3> shape = {size[0], size[2], size[1]};
   if (problem.q.ndim == 3) shape = {size[1], size[0], 0};
-  lse = make_tensor(q, problem.q, true, problem.q.ndim - 1, shape.data());
+  const auto make = hidden ? make_hidden_tensor : make_tensor;
+  lse = make(q, problem.q, true, problem.q.ndim - 1, shape.data());
   return lse && read(lse.get(), problem.lse);
 }
 
@@ -286,7 +287,8 @@ Outcome compute_forward(PyObject* const* arguments, Watch watch, Ref& o, Ref& ls
     if (!call.read(out, call.problem.o)) return Outcome::unknown;
     o = Ref(Py_NewRef(out));
   }
-  if ((return_lse || watch.gradient) && !call.make_lse(q, lse)) return Outcome::unknown;
+  if ((return_lse || watch.gradient) && !call.make_lse(q, !return_lse, lse))
+    return Outcome::unknown;
   return run(call.problem, q);
 }
 

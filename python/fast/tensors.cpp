@@ -227,6 +227,16 @@ Ref make_tensor(PyObject* q, const anyflash_tensor& like, bool as_float32, int n
   return tensor;
 }
 
+Ref make_hidden_tensor(PyObject* q, const anyflash_tensor& like, bool as_float32, int ndim,
+                       const int64_t* shape) {
+  const TensorType& type = tensor_type_of(q);
+  Ref tensor;
+  if (type.api) tensor = make_by_dlpack(type, like, as_float32, ndim, shape);
+  if (tensor) return tensor;
+  PyErr_Clear();
+  return make_tensor(q, like, as_float32, ndim, shape);
+}
+
 Workspace::~Workspace() {
   if (managed_ && managed_->deleter) managed_->deleter(managed_);
 }

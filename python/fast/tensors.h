@@ -25,6 +25,10 @@ bool requires_grad(PyObject* object);
 Ref make_tensor(PyObject* q, const anyflash_tensor& like, bool as_float32, int ndim,
                 const int64_t* shape);
 
+/// The same for a tensor that no user sees: made from its library's own memory by a shorter way.
+Ref make_hidden_tensor(PyObject* q, const anyflash_tensor& like, bool as_float32, int ndim,
+                       const int64_t* shape);
+
 /// Memory for one call, on a tensor's device and from its library's own allocator: what the library
 /// does on its current stream comes before any other use of it.
 class Workspace {

@@ -140,6 +140,32 @@ anyflash_device device_of(const Problem& problem, const anyflash_device* stated)
   return *stated;
 }
 
+// Calls come in pairs, make_plan and run of one problem: the second need not validate again.
+
+struct Validated {
+  anyflash_problem raw{};
+  Problem problem;
+};
+thread_local Validated last_validated;
+
+/// The same bytes are the same problem, unless memory was read to validate it.
+bool can_be_kept(const Problem& problem) {
+  return !problem.packed || problem.device_type != ANYFLASH_CPU;
+}
+
+const Problem& keep(const CallersProblem& raw, const Problem& problem) {
+  last_validated.problem = problem;
+  if (can_be_kept(problem))
+    last_validated.raw = *raw;
+  else
+    last_validated.raw.struct_size = 0; // equals nothing
+  return last_validated.problem;
+}
+
+bool was_validated(const CallersProblem& raw) {
+  return std::memcmp(&last_validated.raw, &*raw, sizeof *raw) == 0;
+}
+
 // Running
 
 void check_data(const anyflash_tensor& tensor, const char* name) {
@@ -157,7 +183,7 @@ void check_given(const anyflash_tensor& tensor, const char* name, const char* wh
 
 /// Validates a problem that is to be computed: every tensor has its memory.
 Problem validate_to_run(const CallersProblem& raw) {
-  const Problem problem = validate(*raw);
+  const Problem problem = was_validated(raw) ? last_validated.problem : validate(*raw);
   if (problem.op == ANYFLASH_FORWARD) {
     check_given(raw->o, "out", "the caller allocates the output");
   } else {
@@ -233,7 +259,8 @@ anyflash_status anyflash_describe_gpu(int32_t compute_capability, anyflash_devic
 anyflash_status anyflash_make_plan(const anyflash_problem* problem, const anyflash_device* device,
                                    anyflash_plan* plan) {
   return guarded([&] {
-    const Problem valid = validate(*CallersProblem(problem));
+    const CallersProblem raw(problem);
+    const Problem& valid = keep(raw, validate(*raw));
     write_struct(make_plan(valid, device_of(valid, device)), plan, "plan");
   });
 }

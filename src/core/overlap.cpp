@@ -6,8 +6,7 @@
 namespace anyflash {
 namespace {
 
-// Offsets in bytes: any int64 sizes and strides multiply without overflow.
-__extension__ using Wide = __int128;
+using Wide = ByteRange::Offset;
 
 struct Dim {
   Wide size, stride; // stride > 0, in bytes
@@ -80,6 +79,17 @@ bool meet(const Bytes& a, int i, const Bytes& b, int j, Wide apart, int& budget)
 }
 
 } // namespace
+
+ByteRange byte_range(const anyflash_tensor& tensor, int64_t bytes) {
+  if (has_no_memory(tensor)) return {};
+  const Wide start = reinterpret_cast<uintptr_t>(tensor.data);
+  ByteRange range = {start, start + bytes};
+  for (int i = 0; i < tensor.ndim; ++i) {
+    const Wide reach = Wide{tensor.shape[i] - 1} * tensor.strides[i] * bytes;
+    (reach < 0 ? range.first : range.end) += reach;
+  }
+  return range;
+}
 
 bool may_overlap(const anyflash_tensor& a, int64_t a_bytes, const anyflash_tensor& b,
                  int64_t b_bytes) {

@@ -7,6 +7,18 @@
 
 namespace anyflash {
 
+/// From a tensor's first byte to one past its last, gaps included. Without memory: nothing.
+struct ByteRange {
+  // Any int64 sizes and strides multiply without overflow.
+  __extension__ using Offset = __int128;
+  Offset first = 0, end = 0;
+
+  bool meets(const ByteRange& other) const { return first < other.end && other.first < end; }
+};
+
+/// bytes: of one element.
+ByteRange byte_range(const anyflash_tensor& tensor, int64_t bytes);
+
 /// False only if no element of a shares a byte with one of b. Element sizes in bytes. Absent data
 /// and empty tensors share nothing. Exact when the strides nest (each at least as long as what lies
 /// inside it), as they do for slices of one packed qkv buffer.

@@ -299,6 +299,24 @@ TEST(Api, RunsWhatItPlanned) {
   EXPECT_EQ(anyflash_run(&plan, &p, nullptr, nullptr), ANYFLASH_INVALID_VALUE);
 }
 
+/// run trusts make_plan's validation of the same bytes, but not where that read memory.
+TEST(Api, LengthsChangedSinceThePlanAreSeen) {
+  std::vector<float> q(8 * 64), o(q.size());
+  std::vector<int32_t> lengths = {0, 3, 8};
+  anyflash_problem p = packed({2, 5, 5, 1, 1}, 8, 8, lengths.data(), lengths.data());
+  p.q.data = p.k.data = p.v.data = q.data();
+  p.o.data = o.data();
+  anyflash_plan plan{};
+  plan.struct_size = sizeof plan;
+  ASSERT_EQ(anyflash_make_plan(&p, nullptr, &plan), ANYFLASH_OK) << anyflash_last_error();
+  ASSERT_EQ(anyflash_run(&plan, &p, nullptr, nullptr), ANYFLASH_OK) << anyflash_last_error();
+  lengths[2] = 9;
+  EXPECT_EQ(anyflash_run(&plan, &p, nullptr, nullptr), ANYFLASH_INVALID_VALUE);
+  lengths[2] = 8;
+  p.o.data = q.data();
+  EXPECT_EQ(anyflash_run(&plan, &p, nullptr, nullptr), ANYFLASH_INVALID_VALUE);
+}
+
 TEST(Api, TextsSayHowLongTheyAre) {
   size_t needed = 0;
   ASSERT_EQ(anyflash_rows(nullptr, 0, &needed), ANYFLASH_OK);

@@ -8,8 +8,8 @@ import json
 
 import numpy as np
 import pytest
-from anyflash.cli import bench, bench_backends, main
-from anyflash.cli.bench_backends import OURS, STANDARD, Cell, NumpyCpu, OutOfMemory
+from anyflash.cli import bench, bench_backends, bench_host, main
+from anyflash.cli.bench_backends import OURS, SDPA, STANDARD, Cell, NumpyCpu, OutOfMemory
 
 SMALL = ["bench", "--device", "cpu", "--d", "32", "--heads", "2", "--seconds", "0.1"]
 
@@ -217,3 +217,38 @@ def test_plot(tmp_path):
     path = tmp_path / "plot.png"
     plot(bench.to_json(results, plain, "a machine"), path)
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+# --host
+
+
+def test_host(tmp_path, capsys):
+    pytest.importorskip("torch", reason="torch is not installed")
+    file = tmp_path / "host.json"
+    words = ["bench", "--host", "--device", "cpu", "--seconds", "0.1", "--json", str(file)]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "on the CPU, for want of a GPU: batch 1, 1 tokens, 1 heads" in out
+    assert "the backward alone" in out
+    times = json.loads(file.read_text())["microseconds"]
+    assert set(times) == {OURS, SDPA, bench_host.EMPTY}
+    for row in times.values():
+        assert set(row) == set(bench_host.COLUMNS)
+        assert all(value > 0 for value in row.values())
+
+
+def test_host_leaves_out_what_is_refused():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+
+    def refuses_gradients(q, k, v):
+        if q.requires_grad:
+            raise NotImplementedError
+        return q
+
+    calls = bench_host._columns(refuses_gradients, [torch.ones(1)] * 3)
+    assert list(calls) == ["forward"]
+
+
+def test_host_needs_torch(capsys, numpy_only):
+    assert main(["bench", "--host", "--device", "cpu"]) == 1
+    assert "--host needs torch" in capsys.readouterr().err

@@ -76,6 +76,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plot", metavar="FILE", help="draw the results into this PNG file (needs matplotlib)"
     )
+    parser.add_argument(
+        "--host",
+        action="store_true",
+        help="what a call costs on the host instead: Python, autograd and the launch (needs torch)",
+    )
     parser.set_defaults(masks=(False, True))
 
 
@@ -111,6 +116,13 @@ def run(arguments: argparse.Namespace) -> int:
             )
     require_library()
     backend = choose(arguments.device, arguments.dtype)
+    if arguments.host:
+        from anyflash.cli import bench_host
+
+        report = bench_host.run(backend, arguments.seconds)
+        if arguments.json:
+            Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        return 0
     cells = grid(arguments, backend)
     hardware = backend.hardware()
     print(
