@@ -109,8 +109,9 @@ def _columns(function: Callable[..., Any], plain: list[Any]) -> dict[str, Call]:
     except NotImplementedError:  # no gradient here
         return {COLUMNS[0]: lambda: function(*plain)}
     node = o.grad_fn
+    rest: tuple[None, ...] = ()
     if isinstance(node, torch.autograd.function.BackwardCFunction):  # written in Python
-        node_call, rest = node.apply, ()
+        node_call = node.apply
     else:  # torch's own, with a gradient for each of its outputs
         node_call, rest = node, (None,) * (_outputs(node, dout) - 1)
 
