@@ -6,7 +6,8 @@ usage: python tools/update_tables.py [--check]
 A table stands between <!-- table:NAME --> and <!-- /table:NAME -->:
   gpu, options  from tests/device/record.json, which tools/gpu_check.py writes: native images
   gpu-images, options-images   the same of the other images
-  cpu           from bench/cpu_forward.json, which bench/cpu_forward.py writes
+  cpu, cpu-backward   from bench/cpu_forward.json and bench/cpu_backward.json, which the
+                benchmarks of these names write
   train         from docs/train_gpt_*.json, which examples/train_gpt.py writes
   agreement     from bench/transformers_agreement.json, which its script writes
 Without its file a table says that nothing was measured yet.
@@ -24,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = Path("tests/device/record.json")
-CPU = Path("bench/cpu_forward.json")
+CPU = {"forward": Path("bench/cpu_forward.json"), "backward": Path("bench/cpu_backward.json")}
 TRAIN = {"CPU": Path("docs/train_gpt_cpu.json"), "GPU": Path("docs/train_gpt_gpu.json")}
 AGREEMENT = Path("bench/transformers_agreement.json")
 NOT_YET = "Not measured yet."
@@ -85,15 +86,15 @@ def option_table(root: Path, native: bool = True) -> str:
     return "\n\n".join(parts) or NOT_YET
 
 
-def cpu_table(root: Path) -> str:
+def cpu_table(root: Path, op: str = "forward") -> str:
     """Speed over the grid: ours, and how many times that of torch's SDPA."""
-    path = root / CPU
+    path = root / CPU[op]
     if not path.is_file():
         return NOT_YET
     report = json.loads(path.read_text())
     return (
         f"{report['cpu']}, {report['threads']} threads, torch {report['torch']}, {report['date']}: "
-        "forward, batch 1, hidden 1024, GFLOP/s (in brackets: times the speed of torch's SDPA in "
+        f"{op}, batch 1, hidden 1024, GFLOP/s (in brackets: times the speed of torch's SDPA in "
         f"the same run; geometric mean {report['geomean']:.2f}){disturbance(report['cells'])}\n\n"
         + grid(report["cells"], lambda c: c["ours"], lambda c: c["ratio"])
     )
@@ -157,7 +158,13 @@ def agreement_table(root: Path) -> str:
 
 
 Tables = dict[str, Callable[[Path], str]]
-TABLES: Tables = {"gpu": gpu_table, "options": option_table, "cpu": cpu_table, "train": train_table}
+TABLES: Tables = {
+    "gpu": gpu_table,
+    "options": option_table,
+    "cpu": cpu_table,
+    "cpu-backward": partial(cpu_table, op="backward"),
+    "train": train_table,
+}
 IMAGE_TABLES: Tables = {
     "gpu-images": partial(gpu_table, native=False),
     "options-images": partial(option_table, native=False),

@@ -93,7 +93,8 @@ def test_native_images_apart_from_the_others(root):
     assert "compiled by the driver" in update_tables.gpu_table(root, native=False)
 
 
-def test_cpu_grid(root):
+@pytest.mark.parametrize("op", ["forward", "backward"])
+def test_cpu_grid(root, op):
     cell = {
         "dtype": "float32",
         "d": 64,
@@ -110,9 +111,10 @@ def test_cpu_grid(root):
         "geomean": 1.3,
         "cells": [cell],
     }
-    (root / update_tables.CPU).write_text(json.dumps(report))
-    lines = update_tables.cpu_table(root).splitlines()
-    assert lines[0].startswith("a CPU, 2 threads, torch 2.13.0") and "mean 1.30" in lines[0]
+    (root / update_tables.CPU[op]).write_text(json.dumps(report))
+    lines = update_tables.cpu_table(root, op).splitlines()
+    assert lines[0].startswith(f"a CPU, 2 threads, torch 2.13.0, 2026-11-22: {op}, batch 1")
+    assert "mean 1.30" in lines[0]
     assert lines[-1] == "| float32 | 64 | causal | 202 (1.30x) |"
 
 
