@@ -25,6 +25,7 @@ import anyflash
 import torch
 import torch.nn.functional as F
 from anyflash.cli.console import Progress, megabytes, table
+from anyflash.cli.facts import busy
 from anyflash.cli.memory import PeakResident
 from torch import Tensor, nn
 
@@ -371,6 +372,7 @@ def main() -> int:
         f"{len(text):,} characters of Python's standard library, {characters} different ones, "
         f"entropy {entropy:.3f} nats; sequences of {settings.length}, on {hardware}"
     )
+    remark = busy()
     runs = train_all(settings, arguments.seeds, device, text, characters)
     lines, difference = summary(runs), largest_difference(runs)
     title = f"GPT on Python's standard library: sequences of {settings.length}, {hardware}"
@@ -378,6 +380,7 @@ def main() -> int:
     report = {
         "date": time.strftime("%Y-%m-%d"),
         "hardware": hardware,
+        "remark": remark,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -389,14 +392,18 @@ def main() -> int:
         "largest_difference": difference,
         "runs": [dataclasses.asdict(run) for run in runs],
     }
-    arguments.out.with_suffix(".json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    figures = arguments.out.with_suffix(".json")
+    figures.write_text(json.dumps(report) + "\n", encoding="utf-8")
     print(f"curves in {arguments.out}\n")
     show(lines, difference)
+    if remark:
+        print(remark)
     return 0
 
 
 def facts_of_cpu() -> str:
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 if __name__ == "__main__":

@@ -127,7 +127,8 @@ def train_table(root: Path) -> str:
                 cells = [f"{line['loss']:.3f}", f"{line['seconds']:.0f} s", memory]
             lines.append([where, line["attention"], *cells])
         torch, dtype = report["versions"]["torch"], settings["dtype"].rpartition(".")[2]
-        remarks.append(f"{report['hardware']}, {dtype}, torch {torch}, {report['date']}")
+        disturbed = f" ({report['remark']})" if report["remark"] else ""
+        remarks.append(f"{report['hardware']}, {dtype}, torch {torch}, {report['date']}{disturbed}")
     if not lines:
         return NOT_YET
     heads = ["", "attention", "loss, nats a character", "time of a run", "peak memory"]

@@ -140,6 +140,7 @@ def test_training(root):
     (root / "docs").mkdir()
     report = {
         "hardware": "a GPU",
+        "remark": "others work here",
         "date": "2026-11-22",
         "versions": {"torch": "2.13.0"},
         "settings": {"length": 8192, "dtype": "torch.bfloat16"},
@@ -156,7 +157,7 @@ def test_training(root):
     }
     (root / update_tables.TRAIN["GPU"]).write_text(json.dumps(report))
     lines = update_tables.train_table(root).splitlines()
-    assert lines[0] == "a GPU, bfloat16, torch 2.13.0, 2026-11-22"
+    assert lines[0] == "a GPU, bfloat16, torch 2.13.0, 2026-11-22 (others work here)"
     place = "GPU, 8192 characters a sequence"
     assert lines[-2:] == [
         f"| {place} | anyflash | 1.234 | 12 s | 3,072 MB |",
