@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 np = pytest.importorskip("numpy", reason="these tests need NumPy")
@@ -22,3 +24,15 @@ def binding(request, monkeypatch):
     for name in _backend.FUNCTIONS:
         monkeypatch.setattr(_backend, name, getattr(way, name))
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def same_bits_on_gpus():
+    """dQ's sums have a free order on GPUs unless it is fixed, and tests compare bits."""
+    if not os.environ.get("ANYFLASH_TEST_DEVICE", "cpu").startswith("cuda"):
+        yield
+        return
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

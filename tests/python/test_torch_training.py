@@ -207,10 +207,8 @@ def test_cuda_graph_of_forward_and_backward():
             dout.copy_(torch.randn(dout.shape, generator=torch.Generator().manual_seed(seed)))
         graph.replay()
         captured = [x.clone() for x in results]
-        for a, b in zip(captured[:2] + captured[3:], (*step()[:2], *step()[3:])):
+        for a, b in zip(captured, step()):
             assert torch.equal(a, b)
-        # The order of dQ's sums is free.
-        torch.testing.assert_close(captured[2], step()[2], rtol=2e-2, atol=2e-2)
 
 
 @needs_gpu

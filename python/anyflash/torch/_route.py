@@ -67,8 +67,18 @@ def _watched() -> bool:
 
 
 def _autocast_casts(arguments: Arguments) -> bool:
-    device = arguments.q.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
-        return False
-    dtype = torch.get_autocast_dtype(device)
-    return any(isinstance(x, torch.Tensor) and x.dtype is not dtype for x in arguments[:3])
+    dtype = _autocast_dtype(arguments.q.device.type)
+    return dtype is not None and any(
+        isinstance(x, torch.Tensor) and x.dtype is not dtype for x in arguments[:3]
+    )
+
+
+def _autocast_dtype(device: str) -> Any:
+    """None where autocast is off."""
+    if device not in ("cpu", "cuda"):
+        return None
+    if hasattr(torch, "get_autocast_dtype"):
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if device == "cuda":  # before torch 2.4
+        return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+    return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
