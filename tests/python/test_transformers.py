@@ -199,6 +199,30 @@ def test_encoder_and_decoder():
         )
 
 
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_windows_in_both_directions(side, calls):
+    torch.manual_seed(0)
+    tokens_of = {f"{name}_token_id": 1 for name in ("bos", "eos", "cls", "sep")}
+    sizes = {**BERT, "num_hidden_layers": 4, "local_attention": 6, "attention_dropout": 0.0}
+    model = transformers.ModernBertForMaskedLM(
+        transformers.ModernBertConfig(**{**sizes, **tokens_of})
+    ).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    ours = results(model, NAME, padding(side))
+    assert [options["window"] for _, options in calls].count((3, 3)) == 2
+    assert_same(ours, results(model, "eager", padding(side)))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant):
+    model, mask = make("Mistral").train(), padding("left")
+    eager = results(model, "eager", mask, use_cache=False)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_same(results(model, NAME, mask, use_cache=False), eager)
+
+
 @pytest.mark.parametrize(
     "name, side, fullgraph",
     [("BERT", "none", True), ("Llama", "none", False), ("Llama", "left", False)],
