@@ -7,6 +7,11 @@ Both get the same tensors, in torch's favourite memory layout ([B, H, N, d], con
 A shared machine changes its speed from one second to the next, so the two take turns call by call
 within a cell, in changing order. A cell's result is the median of the ratios of neighbouring
 calls: both calls of a pair saw the same neighbours. Medians and the best of each are beside it.
+
+Before each call there is a pause: torch's OpenMP threads go on spinning for some milliseconds after
+a call, and would take a core from whoever comes next (ours do not spin). Where ours follows torch
+at once, short calls do pay for that, up to 1.5 times their own time at length 512 on two cores,
+unless OMP_WAIT_POLICY=passive.
 """
 
 from __future__ import annotations
@@ -30,9 +35,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 METHOD = (
-    "calls taken in turns, in changing order; ours, torch: medians; ratio: median of the ratios of "
-    "neighbouring calls; [B, H, N, d] contiguous tensors for both"
+    "calls taken in turns, in changing order, 10 ms after each other; ours, torch: medians; ratio: "
+    "median of the ratios of neighbouring calls; [B, H, N, d] contiguous tensors for both"
 )
+PAUSE_SECONDS = 0.01
 HIDDEN = 1024
 LENGTHS = (512, 1024, 2048, 4096)
 
@@ -66,6 +72,7 @@ def pairs(first: Run, second: Run, seconds: float) -> list[tuple[float, float]]:
 
 
 def timed(run: Run) -> float:
+    time.sleep(PAUSE_SECONDS)
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
