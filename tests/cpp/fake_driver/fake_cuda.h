@@ -16,7 +16,6 @@ struct Context {
 
 struct Kernel {
   std::string image; // the bytes that it was loaded from
-  std::string name;  // of the entry; empty for a library
 };
 
 struct Launch {
