@@ -8,10 +8,9 @@ A shared machine changes its speed from one second to the next, so the two take 
 within a cell, in changing order. A cell's result is the median of the ratios of neighbouring
 calls: both calls of a pair saw the same neighbours. Medians and the best of each are beside it.
 
-Before each call there is a pause: torch's OpenMP threads go on spinning for some milliseconds after
-a call, and would take a core from whoever comes next (ours do not spin). Where ours follows torch
-at once, short calls do pay for that, up to 1.5 times their own time at length 512 on two cores,
-unless OMP_WAIT_POLICY=passive.
+Before each call there is a pause: torch's OpenMP threads go on spinning for a while after a call,
+and would take a core from whoever comes next (ours do not spin). Where ours follows torch at once,
+short calls do pay for that, unless OMP_WAIT_POLICY=passive.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ typedef struct anyflash_problem {
   float softcap;         /**< 0: off */
   int32_t causal;        /**< nonzero: right = min(right, 0) */
   int32_t deterministic; /**< dq too is the same bit for bit from run to run; all else always is */
-  /* Since 0.2 */
+  /* Callers built before the backward leave these out. */
   anyflash_tensor dout; /**< backward: [B, N, H, dv], or packed [total_q, H, dv] */
   anyflash_tensor dlse; /**< float32, contiguous, shaped like lse; may be absent */
   anyflash_tensor dq, dk, dv;
@@ -151,7 +151,8 @@ typedef struct anyflash_plan {
   int32_t launch_count;
   int32_t Br;     /**< query rows a block */
   int32_t Bc;     /**< keys a block */
-  int32_t splits; /**< parts that the keys of one row are split into, a function of shapes only */
+  int32_t splits; /**< parts that the keys of one row (backward on the CPU: the queries of one key
+                     head) are split into, a function of shapes only */
   anyflash_launch launches[4];
   uint64_t workspace_bytes;
   uint64_t workspace_offsets[4]; /**< backward: fp32 dQ, two numbers a row, turns of dQ's blocks */

@@ -27,8 +27,8 @@ constexpr Range clipped(int64_t begin, int64_t end, int low, int high) {
 
 /// The algorithm for tensors of T with vectors of Simd. K and V of a key block and its dK and dV
 /// stay in the caches while the strips go by. Q and dO of all strips are packed once, and their dQ
-/// is summed, in scratch, all fp32: packed anew for each key block, they took a quarter of the time
-/// where the tensors' rows are 4 KB apart.
+/// is summed, in scratch, all fp32: packing anew for each key block is dear where the tensors' rows
+/// are 4 KB apart.
 template <class Simd, class T>
 struct FlashBackward {
   using Vector = typename Simd::Vector;
