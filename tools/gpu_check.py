@@ -2,7 +2,9 @@
 
 On the machine with the GPU (needs Python with torch; nothing is downloaded):
 
-  python tools/gpu_check.py --wheel dist/*.whl --tests --sanitizers all --bench fwd --out DIR
+  python tools/gpu_check.py --wheel dist/*.whl --tests --sanitizers all --bench all --out DIR
+
+--op bwd does the same for the backward.
 
 Anywhere:
 
@@ -35,6 +37,17 @@ from typing import Any
 
 import gpu_record
 from gpu_record import ROOT
+
+# What each operation of the record is checked by: its name in the table, tests, benchmark.
+TABLE_OPS = {"fwd": "forward", "bwd": "backward"}
+TESTS = {
+    "fwd": ["test_forward.py", "test_rows.py", "test_gpu.py"],
+    "bwd": ["test_backward.py", "test_backward_rows.py"],
+}
+BENCHES = {
+    "fwd": ["bench/gpu_forward.py", "--grid", "--host", "--options"],
+    "bwd": ["bench/gpu_backward.py", "--grid", "--options"],
+}
 
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
@@ -200,7 +213,8 @@ class Check:
         if self._no_time(f"tests of {label}"):
             return
         command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
-        command += ["tests/device", *self.arguments.pytest]
+        command += [f"tests/device/{name}" for name in TESTS[self.arguments.op]]
+        command += self.arguments.pytest
         output = run(command, environment, self.log, self.clock.left())
         counts = count_tests(output.text)
         print(f"{label}: tests: {counts}", flush=True)
@@ -222,6 +236,7 @@ class Check:
         command = [find_sanitizer(), "--tool", tool, "--print-limit", "30"]
         command += ["--report-api-errors", "no"] if tool == "memcheck" else []
         command += [sys.executable, "tests/device/sanitize_rows.py"]
+        command += ["--op", TABLE_OPS[self.arguments.op]]
         output = run(
             command, environment, self.log, self.clock.left(self.arguments.sanitizer_limit)
         )
@@ -243,9 +258,10 @@ class Check:
         if self._no_time(f"benchmarks of {label}"):
             return
         cells = self.work / f"bench_{label}.jsonl"
-        parts = {"fwd": ["--grid", "--host", "--options"], "grid": ["--grid"]}
-        command = [sys.executable, "bench/gpu_forward.py", "--out", str(cells)]
-        command += [*parts[self.arguments.bench], "--seconds", str(self.arguments.bench_seconds)]
+        script, *parts = BENCHES[self.arguments.op]
+        parts = parts if self.arguments.bench == "all" else ["--grid"]
+        command = [sys.executable, script, *parts, "--out", str(cells)]
+        command += ["--seconds", str(self.arguments.bench_seconds)]
         output = run(command, environment, self.log, self.clock.left())
         section["bench"] = read_cells(cells)
         if output.status != 0:
@@ -331,10 +347,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sanitizers", type=words, default=[], help='"all", or some, by comma')
     parser.add_argument("--sanitizer-limit", type=float, default=150, help="seconds of one tool")
     parser.add_argument("--explained", default="", help="tool=N,...: reports that are understood")
-    parser.add_argument("--bench", choices=("fwd", "grid"), help="fwd: grid, options, host time")
+    parser.add_argument("--bench", choices=("all", "grid"), help="all: also options, host time")
     parser.add_argument("--bench-seconds", type=float, default=0.4, help="of one cell")
     parser.add_argument("--images", type=words, default=["sm_90", "compute_80"])
-    parser.add_argument("--op", default="fwd")
+    parser.add_argument("--op", default="fwd", choices=tuple(TABLE_OPS))
     parser.add_argument("--family", default="sm80")
     parser.add_argument("--limit", type=float, default=560, help="seconds of the whole run")
     parser.add_argument("--out", type=Path, default=Path("gpu_check"), help="logs, record.json")

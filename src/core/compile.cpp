@@ -52,6 +52,19 @@ int number_before(std::string_view log, std::string_view unit) {
   return number;
 }
 
+/// The parts of ptxas' report that speak of one entry each; the whole if it names none.
+std::vector<std::string_view> entry_sections(std::string_view log) {
+  constexpr std::string_view title = "Compiling entry function";
+  std::vector<std::string_view> sections;
+  for (size_t at = log.find(title); at != log.npos;) {
+    const size_t next = log.find(title, at + title.size());
+    sections.push_back(log.substr(at, next == log.npos ? next : next - at));
+    at = next;
+  }
+  if (sections.empty()) sections.push_back(log);
+  return sections;
+}
+
 int number_after(std::string_view log, std::string_view word) {
   const size_t at = log.find(word);
   if (at == log.npos) return 0;
@@ -81,12 +94,18 @@ std::vector<Target> all_targets() {
 
 Resources parse_resources(std::string_view log) {
   Resources resources;
-  const int spill_stores = number_before(log, " bytes spill stores");
-  resources.registers = number_after(log, "Used ");
-  resources.spill_bytes = spill_stores + number_before(log, " bytes spill loads");
-  const int spill_slots = (spill_stores + 7) / 8 * 8; // frames are multiples of 8 bytes
-  resources.stack_bytes = std::max(0, number_before(log, " bytes stack frame") - spill_slots);
-  resources.static_shared_bytes = number_before(log, " bytes smem");
+  for (std::string_view section : entry_sections(log)) {
+    const int spill_stores = number_before(section, " bytes spill stores");
+    const bool main = section.find("'kernel'") != section.npos || resources.registers == 0;
+    if (main) {
+      resources.registers = number_after(section, "Used ");
+      resources.static_shared_bytes = number_before(section, " bytes smem");
+    }
+    resources.spill_bytes += spill_stores + number_before(section, " bytes spill loads");
+    const int spill_slots = (spill_stores + 7) / 8 * 8; // frames are multiples of 8 bytes
+    resources.stack_bytes +=
+        std::max(0, number_before(section, " bytes stack frame") - spill_slots);
+  }
   while (!log.empty()) {
     const std::string_view line = log.substr(0, log.find('\n'));
     if (line.find("(C75") != line.npos) resources.warnings.emplace_back(line);
@@ -105,10 +124,14 @@ std::string source_of(const Row& row) {
   if (!row.constants.empty()) text += ", " + std::string(row.constants);
   text += "; static constexpr bool " + variant_flags(row);
   text += "; using T = anyflash::" + dtype + "; };\n";
-  text += "extern \"C\" __global__ void __launch_bounds__(" + std::to_string(row.threads()) + ", " +
-          std::to_string(row.constant("blocks_per_sm", 1)) +
-          ") kernel(const __grid_constant__ anyflash::" + params_of(op) +
-          " p) { anyflash::" + family + "::" + op + "<Row>(p); }\n";
+  for (const EntryPoint& entry : entries_of(row.op)) {
+    const bool main = entry.id == ANYFLASH_KERNEL;
+    const int blocks_per_sm = main ? row.constant("blocks_per_sm", 1) : 1;
+    text += "extern \"C\" __global__ void __launch_bounds__(" + std::to_string(row.threads()) +
+            ", " + std::to_string(blocks_per_sm) + ") " + entry.symbol +
+            "(const __grid_constant__ anyflash::" + params_of(op) + " p) { anyflash::" + family +
+            "::" + entry.function + "<Row>(p); }\n";
+  }
   return text;
 }
 

@@ -28,7 +28,9 @@ Target parse_target(std::string_view name);
 /// Every target that a full build makes: the images of the table, and PTX of compute_80.
 std::vector<Target> all_targets();
 
-/// What ptxas reported. All zero for PTX, which ptxas has not seen yet.
+/// What ptxas reported. All zero for PTX, which ptxas has not seen yet. A row of several entries:
+/// the registers and
+/// static shared memory of the main one, the sums of what should be 0.
 struct Resources {
   int registers = 0;
   int spill_bytes = 0; // stores + loads
@@ -38,7 +40,7 @@ struct Resources {
   std::vector<std::string> warnings; // ptxas lines such as C7510
 };
 
-/// Reads the report that ptxas -v wrote for one kernel.
+/// Reads the report that ptxas -v wrote for the entries of one row.
 Resources parse_resources(std::string_view log);
 
 struct Image {
@@ -92,8 +94,7 @@ void add_compiler_path(const std::string& site_packages);
 /// row, the target and the compiler's log.
 Image compile(const Row& row, const Target& target, const Compiler& compiler);
 
-/// What is handed to NVRTC for a row: the family's header, the row as constants, the entry point
-/// "kernel".
+/// What is handed to NVRTC for a row: the family's header, the row as constants, the entry points.
 std::string source_of(const Row& row);
 
 /// Hash of everything a row of this op and family is compiled from (headers and their names,

@@ -95,6 +95,13 @@ std::string device_words(const anyflash_device& device) {
          to_string(device.shared_bytes / 1024) + " KiB shared memory a block\n";
 }
 
+/// "grid       128 blocks of 128 threads, 65536 bytes of shared memory each"
+std::string grid_words(const anyflash_launch& launch, const std::string& blocks) {
+  static constexpr const char* names[] = {"grid       ", "before     ", "after      "};
+  return names[launch.entry] + blocks + " blocks of " + to_string(launch.threads) + " threads, " +
+         to_string(launch.shared_bytes) + " bytes of shared memory each\n";
+}
+
 std::string launch_words(const Problem& problem, const anyflash_plan& plan,
                          const anyflash_launch& launch) {
   const std::string blocks = to_string(launch.grid[0]) + " x " + to_string(launch.grid[1]) + " x " +
@@ -107,6 +114,7 @@ std::string launch_words(const Problem& problem, const anyflash_plan& plan,
   if (launch.row < 0)
     return "row        the tiled algorithm of the CPU\nblocks     " + tiles + "\ngrid       " +
            blocks + " (query blocks, heads, sequences)\n";
+  if (launch.entry != ANYFLASH_KERNEL) return grid_words(launch, blocks);
   const Row& row = rows()[static_cast<size_t>(launch.row)];
   const std::string reason = why_not_plain(problem);
   std::string text = "row        " + row.name() + " (row " + to_string(row.id) + "), image " +
@@ -114,9 +122,7 @@ std::string launch_words(const Problem& problem, const anyflash_plan& plan,
   if (row.variant == "general")
     text += "variant    general rather than plain: " +
             (reason.empty() ? "no plain row holds these head dims" : reason) + "\n";
-  return text + "blocks     " + tiles + "\ngrid       " + blocks + " blocks of " +
-         to_string(launch.threads) + " threads, " + to_string(launch.shared_bytes) +
-         " bytes of shared memory each\n";
+  return text + "blocks     " + tiles + "\n" + grid_words(launch, blocks);
 }
 
 std::string floor_words(const Work& work, const anyflash_device& device) {

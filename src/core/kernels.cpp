@@ -12,14 +12,20 @@
 namespace anyflash {
 namespace {
 
-/// One GPU: what it is, its primary context once retained, and its loaded kernels by row.
+constexpr size_t most_entries = 3; // of a row
+
+size_t index_of(const Row& row, anyflash_entry entry) {
+  return static_cast<size_t>(row.id) * most_entries + static_cast<size_t>(entry);
+}
+
+/// One GPU: what it is, its primary context once retained, and its loaded kernels by index_of.
 struct DeviceState {
   Gpu gpu;
   cuda::Device device = 0;
   std::atomic<cuda::Context> primary{nullptr};
   std::vector<std::atomic<cuda::Kernel>> kernels;
 
-  DeviceState() : kernels(rows().size()) {}
+  DeviceState() : kernels(rows().size() * most_entries) {}
 };
 
 /// All GPUs of the process; made once, never destroyed.
@@ -75,7 +81,7 @@ private:
 struct LoadedImage {
   std::mutex mutex; // held while it is made, so that it is made once
   bool announced = false;
-  cuda::Kernel kernel = nullptr;
+  cuda::Library library = nullptr;
 };
 
 LoadedImage& loaded_image(int row, const std::string& target) {
@@ -98,48 +104,52 @@ void announce(LoadedImage& image, const std::string& text) {
   notice(text);
 }
 
-cuda::Kernel load_into_driver(const std::string& bytes, const Row& row, const Target& target) {
+cuda::Library load_into_driver(const std::string& bytes, const Row& row, const Target& target) {
   const cuda::Driver& driver = cuda::driver();
   const std::string what = row.name() + " (" + target.name() + ")";
   cuda::Library library = nullptr;
   driver.check(
       driver.LibraryLoadData(&library, bytes.c_str(), nullptr, nullptr, 0, nullptr, nullptr, 0),
       ("loading kernel " + what).c_str());
-  cuda::Kernel kernel = nullptr;
-  driver.check(driver.LibraryGetKernel(&kernel, library, "kernel"), "cuLibraryGetKernel");
-  return kernel;
+  return library;
 }
 
-cuda::Kernel kernel_of_image(const Row& row, const Gpu& gpu) {
+cuda::Library library_of(const Row& row, const Gpu& gpu) {
   const ImageChoice choice = choose_image(row, gpu);
   LoadedImage& image = loaded_image(row.id, choice.target.name());
   announce(image, choice.notice);
   const std::lock_guard lock(image.mutex);
-  if (!image.kernel) image.kernel = load_into_driver(obtain(choice, row), row, choice.target);
-  return image.kernel;
+  if (!image.library) image.library = load_into_driver(obtain(choice, row), row, choice.target);
+  return image.library;
 }
 
-/// Loads a row on a GPU. Two threads may do it at the same time; both find the same kernel.
-cuda::Kernel load(const Row& row, DeviceState& state) {
+/// Loads every entry of a row on a GPU. Two threads may do it at the same time; both find the same
+/// kernels.
+void load(const Row& row, DeviceState& state) {
   const cuda::Driver& driver = cuda::driver();
   const RelaxedCapture relaxed(driver);
-  const cuda::Kernel kernel = kernel_of_image(row, state.gpu);
-  driver.check(driver.KernelSetAttribute(cuda::max_dynamic_shared_size_bytes, row.shared_bytes(),
-                                         kernel, state.device),
-               "cuKernelSetAttribute");
-  cuda::Function loaded_now = nullptr; // the driver loads lazily otherwise, at the first launch
-  driver.check(driver.KernelGetFunction(&loaded_now, kernel), "cuKernelGetFunction");
-  state.kernels[static_cast<size_t>(row.id)].store(kernel, std::memory_order_release);
-  return kernel;
+  const cuda::Library library = library_of(row, state.gpu);
+  for (const EntryPoint& entry : entries_of(row.op)) {
+    cuda::Kernel kernel = nullptr;
+    driver.check(driver.LibraryGetKernel(&kernel, library, entry.symbol), "cuLibraryGetKernel");
+    if (entry.id == ANYFLASH_KERNEL)
+      driver.check(driver.KernelSetAttribute(cuda::max_dynamic_shared_size_bytes,
+                                             row.shared_bytes(), kernel, state.device),
+                   "cuKernelSetAttribute");
+    cuda::Function loaded_now = nullptr; // the driver loads lazily otherwise, at the first launch
+    driver.check(driver.KernelGetFunction(&loaded_now, kernel), "cuKernelGetFunction");
+    state.kernels[index_of(row, entry.id)].store(kernel, std::memory_order_release);
+  }
 }
 
 } // namespace
 
-cuda::Kernel kernel_of(const Row& row, int device) {
+cuda::Kernel kernel_of(const Row& row, anyflash_entry entry, int device) {
   DeviceState& state = state_of(device);
-  const auto index = static_cast<size_t>(row.id);
-  if (cuda::Kernel kernel = state.kernels[index].load(std::memory_order_acquire)) return kernel;
-  return load(row, state);
+  const std::atomic<cuda::Kernel>& slot = state.kernels[index_of(row, entry)];
+  if (cuda::Kernel kernel = slot.load(std::memory_order_acquire)) return kernel;
+  load(row, state);
+  return slot.load(std::memory_order_acquire);
 }
 
 const Gpu& gpu_at(int device) { return state_of(device).gpu; }

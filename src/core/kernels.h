@@ -1,4 +1,5 @@
-// Kernels loaded on GPUs: each (row, GPU) once a process; afterwards a look-up takes no lock.
+// Kernels loaded on GPUs: each (row, entry, GPU) once a process; afterwards a look-up takes no
+// lock.
 #pragma once
 
 #include "core/driver.h"
@@ -6,9 +7,9 @@
 
 namespace anyflash {
 
-/// The loaded kernel of a row on a GPU; loads (and compiles) it at the first call. A context of the
-/// GPU must be current. Throws RuntimeError.
-cuda::Kernel kernel_of(const Row& row, int device);
+/// A loaded kernel of a row on a GPU; loads (and compiles) the row at the first call. A context of
+/// the GPU must be current. Throws RuntimeError.
+cuda::Kernel kernel_of(const Row& row, anyflash_entry entry, int device);
 
 /// A GPU of this machine as it really is. Throws RuntimeError for an index that does not exist.
 const Gpu& gpu_at(int device);

@@ -4,10 +4,11 @@
 #include <charconv>
 #include <cstdlib>
 #include <cstring>
+#include <span>
 
 #include "core/driver.h"
 #include "core/error.h"
-#include "core/forward_params.h"
+#include "core/kernel_params.h"
 #include "core/kernels.h"
 #include "core/plan.h"
 
@@ -26,9 +27,9 @@ bool has_blocks(const anyflash_launch& launch) {
   return launch.grid[0] != 0 && launch.grid[1] != 0 && launch.grid[2] != 0;
 }
 
-void launch_one(const anyflash_launch& launch, const Problem& problem, int device, void* stream) {
+template <class Params>
+void launch_one(const anyflash_launch& launch, Params params, int device, void* stream) {
   const Row& row = row_of(launch);
-  ForwardParams params = forward_params(problem, row);
   void* arguments[] = {&params};
   const cuda::LaunchConfig config = {{launch.grid[0], launch.grid[1], launch.grid[2]},
                                      {launch.threads, 1, 1},
@@ -37,7 +38,7 @@ void launch_one(const anyflash_launch& launch, const Problem& problem, int devic
                                      nullptr,
                                      0};
   const cuda::Driver& driver = cuda::driver();
-  const cuda::Kernel kernel = kernel_of(row, device);
+  const cuda::Kernel kernel = kernel_of(row, static_cast<anyflash_entry>(launch.entry), device);
   const cuda::Status status = driver.LaunchKernelEx(&config, kernel, arguments, nullptr);
   if (status != 0) driver.fail(status, "launching kernel " + row.name());
 }
@@ -53,17 +54,23 @@ int planned_capability() {
 
 } // namespace
 
-void launch(const anyflash_plan& plan, const Problem& problem, void* /*workspace*/, void* stream) {
+void launch(const anyflash_plan& plan, const Problem& problem, void* workspace, void* stream) {
   const int device = plan.device.index;
   const ScopedContext context(device);
-  for (int i = 0; i < plan.launch_count; ++i)
-    if (has_blocks(plan.launches[i])) launch_one(plan.launches[i], problem, device, stream);
+  for (const anyflash_launch& one :
+       std::span(plan.launches, static_cast<size_t>(plan.launch_count))) {
+    if (!has_blocks(one)) continue;
+    if (problem.op == ANYFLASH_FORWARD)
+      launch_one(one, forward_params(problem, row_of(one)), device, stream);
+    else
+      launch_one(one, backward_params(problem, row_of(one), workspace), device, stream);
+  }
 }
 
 void warm_up(const anyflash_plan& plan) {
   const ScopedContext context(plan.device.index);
   for (int i = 0; i < plan.launch_count; ++i)
-    kernel_of(row_of(plan.launches[i]), plan.device.index);
+    kernel_of(row_of(plan.launches[i]), ANYFLASH_KERNEL, plan.device.index); // loads the others too
 }
 
 anyflash_device get_gpu(int index) {

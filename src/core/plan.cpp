@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "core/kernel_params.h"
 #include "core/plan_cache.h"
 #include "core/row.h"
 #include "core/tensor_checks.h"
@@ -109,6 +110,28 @@ std::string available_on(const Problem& problem, const anyflash_device& device) 
   return all.empty() ? "none" : all;
 }
 
+/// One thread block for each block of rows, head and sequence. Each factor is below 2^31, the
+/// product of two below 2^62.
+uint32_t grid_of(const char* rows, int64_t blocks, int64_t heads, int64_t batch) {
+  const int64_t pairs = heads * batch;
+  if (blocks > 0 && pairs > largest_grid / blocks)
+    throw NotSupported("asked: " + to_string(blocks) + " " + rows + " blocks x " +
+                       to_string(heads) + " heads x batch " + to_string(batch) +
+                       "; available: at most 2^31 - 1 blocks a launch; missing: a larger grid: "
+                       "split the batch");
+  return static_cast<uint32_t>(blocks * pairs);
+}
+
+void add_launch(anyflash_plan& plan, const Row& row, anyflash_entry entry, uint32_t blocks) {
+  anyflash_launch& launch = plan.launches[plan.launch_count++];
+  launch.row = row.id;
+  launch.entry = entry;
+  launch.grid[0] = blocks;
+  launch.grid[1] = launch.grid[2] = 1;
+  launch.threads = static_cast<uint32_t>(row.threads());
+  if (entry == ANYFLASH_KERNEL) launch.shared_bytes = static_cast<uint32_t>(row.shared_bytes());
+}
+
 anyflash_plan plan_on_gpu(const Problem& problem, const anyflash_device& device) {
   const std::string gpu = "sm_" + to_string(device.compute_capability);
   if (problem.dtype != DType::float16 && problem.dtype != DType::bfloat16)
@@ -129,20 +152,26 @@ anyflash_plan plan_on_gpu(const Problem& problem, const anyflash_device& device)
   plan.Br = row->Br;
   plan.Bc = row->Bc;
   if (nothing_to_write(problem)) return plan;
-  // Each factor is below 2^31, the product of two below 2^62.
-  const int64_t pairs = problem.heads * problem.batch;
-  const int64_t blocks = ceil_div(problem.seqlen_q, row->Br);
-  if (pairs > largest_grid / blocks)
-    throw NotSupported("asked: " + to_string(blocks) + " query blocks x " +
-                       to_string(problem.heads) + " heads x batch " + to_string(problem.batch) +
-                       "; available: at most 2^31 - 1 blocks a launch; missing: a larger grid: "
-                       "split the batch");
-  anyflash_launch& launch = plan.launches[plan.launch_count++];
-  launch.row = row->id;
-  launch.grid[0] = static_cast<uint32_t>(blocks * pairs);
-  launch.grid[1] = launch.grid[2] = 1;
-  launch.threads = static_cast<uint32_t>(row->threads());
-  launch.shared_bytes = static_cast<uint32_t>(row->shared_bytes());
+  const uint32_t of_queries =
+      grid_of("query", ceil_div(problem.seqlen_q, row->Br), problem.heads, problem.batch);
+  if (problem.op == ANYFLASH_FORWARD) {
+    add_launch(plan, *row, ANYFLASH_KERNEL, of_queries);
+    return plan;
+  }
+  if (problem.heads == 0)
+    throw NotSupported("asked: gradients of " + to_string(problem.heads_k) +
+                       " key heads without a query head; available: at least one query head; "
+                       "missing: kernels for it: they are 0");
+  const uint32_t of_keys =
+      grid_of("key", ceil_div(problem.seqlen_k, row->Bc), problem.heads_k, problem.batch);
+  add_launch(plan, *row, ANYFLASH_KERNEL_PRE, of_queries);
+  add_launch(plan, *row, ANYFLASH_KERNEL, of_keys);
+  add_launch(plan, *row, ANYFLASH_KERNEL_POST, of_queries);
+  const BackwardWorkspace workspace = backward_workspace(problem, *row);
+  plan.workspace_offsets[0] = workspace.dq_sum;
+  plan.workspace_offsets[1] = workspace.row_stats;
+  plan.workspace_offsets[2] = workspace.turns;
+  plan.workspace_bytes = workspace.end;
   return plan;
 }
 
@@ -188,7 +217,8 @@ std::string why_not_plain(const Problem& problem) {
   if (problem.softcap != 0) return "softcap";
   if (problem.alibi) return "ALiBi";
   if (problem.scale <= 0) return "a scale that is not positive";
-  if (!problem.aligned) return "rows of q, k, v or the output that do not start on 16 bytes";
+  if (!problem.aligned)
+    return "rows of q, k, v, an output or a gradient that do not start on 16 bytes";
   return "";
 }
 

@@ -99,7 +99,19 @@ int Row::constant(std::string_view name, int missing) const {
   return value;
 }
 
+std::span<const EntryPoint> entries_of(std::string_view op) {
+  static constexpr EntryPoint forward[] = {{ANYFLASH_KERNEL, "kernel", "forward"}};
+  static constexpr EntryPoint backward[] = {{ANYFLASH_KERNEL_PRE, "kernel_pre", "backward_pre"},
+                                            {ANYFLASH_KERNEL, "kernel", "backward"},
+                                            {ANYFLASH_KERNEL_POST, "kernel_post", "backward_post"}};
+  if (op == "backward") return backward;
+  return forward;
+}
+
 int Row::shared_bytes() const {
+  if (op == "backward")
+    return sm80::backward_shared_bytes(d, dv, Br, Bc, constant("q_stages", 1),
+                                       constant("o_stages", 1));
   return sm80::forward_shared_bytes(d, dv, Br, Bc, constant("k_stages", 1),
                                     constant("v_stages", 1));
 }

@@ -9,7 +9,17 @@
 
 namespace anyflash {
 
-/// One compiled kernel: a line of variants.def for one dtype.
+/// One kernel in the image of a row: anyflash_entry, its name there, and the device function.
+struct EntryPoint {
+  anyflash_entry id;
+  const char* symbol;
+  const char* function;
+};
+
+/// The entries of every row of an operation, in the order in which they run.
+std::span<const EntryPoint> entries_of(std::string_view op);
+
+/// One compiled image: a line of variants.def for one dtype.
 struct Row {
   int id;                     // index into rows()
   std::string_view op;        // "forward"

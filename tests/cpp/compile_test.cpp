@@ -75,6 +75,21 @@ TEST(Compile, ReadsTheResourceReport) {
   EXPECT_NE(resources.warnings[0].find("C7510"), std::string::npos);
 }
 
+TEST(Compile, AReportOfSeveralEntriesIsTheMainOnesRegistersAndTheSumOfSpills) {
+  const auto entry = [](const std::string& name, int spills, int registers, int shared) {
+    return "ptxas info    : Compiling entry function '" + name +
+           "' for 'sm_90'\n    0 bytes stack " + "frame, " + std::to_string(spills) +
+           " bytes spill stores, 0 bytes spill loads\n" + "ptxas info    : Used " +
+           std::to_string(registers) + " registers, " + std::to_string(shared) + " bytes smem\n";
+  };
+  const Resources resources =
+      parse_resources(entry("kernel_post", 4, 40, 512) + entry("kernel", 8, 250, 16) +
+                      entry("kernel_pre", 0, 30, 0));
+  EXPECT_EQ(resources.registers, 250);
+  EXPECT_EQ(resources.spill_bytes, 12);
+  EXPECT_EQ(resources.static_shared_bytes, 16);
+}
+
 constexpr const char* tiny_kernel = R"(
 #include "cuda/params.h"
 extern "C" __global__ void __launch_bounds__(128, 1)

@@ -51,6 +51,7 @@ TEST(Plan, EveryRowIsChosenForItsOwnHeadDims) {
       anyflash_problem p =
           dense({1, 256, 256, 2, 2, row.d, row.dv}, static_cast<int>(row.dtype), ANYFLASH_CUDA);
       if (row.variant == "general") p.softcap = 30;
+      if (row.op == "backward") p = backward_of(p);
       if (row.shared_bytes() > gpu(capability).shared_bytes) continue;
       chosen.insert(make_plan(validate(p), gpu(capability)).launches[0].row);
     }
@@ -75,7 +76,7 @@ TEST(Plan, ARowHoldsTheProblemAndFitsTheGpu) {
                   static_cast<uint32_t>(gpu(capability).shared_bytes));
         // No smaller bucket of the same family and variant would do.
         for (const Row& other : rows())
-          if (other.family == row.family && other.variant == row.variant &&
+          if (other.op == row.op && other.family == row.family && other.variant == row.variant &&
               other.dtype == row.dtype && other.in_image(image_for(capability, other.family)) &&
               other.shared_bytes() <= gpu(capability).shared_bytes && other.d >= d &&
               other.dv >= dv) {
@@ -120,6 +121,57 @@ TEST(Plan, NothingToWriteIsNoLaunch) {
     EXPECT_EQ(make_plan(validate(dense(shape)), cpu_device()).launch_count, 0);
   }
   EXPECT_EQ(plan_on(90, {1, 5, 0}).launch_count, 1); // no key: O = 0 is written
+}
+
+anyflash_plan backward_on(int compute_capability, const Shape& shape) {
+  return make_plan(validate(backward_of(dense(shape, ANYFLASH_BFLOAT16, ANYFLASH_CUDA))),
+                   gpu(compute_capability));
+}
+
+TEST(Plan, TheBackwardIsThreeLaunchesOfOneRow) {
+  const anyflash_plan plan = backward_on(90, {3, 1000, 777, 8, 2, 128, 128});
+  ASSERT_EQ(plan.launch_count, 3);
+  const auto query_blocks = static_cast<uint32_t>((1000 + plan.Br - 1) / plan.Br);
+  const auto key_blocks = static_cast<uint32_t>((777 + plan.Bc - 1) / plan.Bc);
+  const anyflash_entry order[] = {ANYFLASH_KERNEL_PRE, ANYFLASH_KERNEL, ANYFLASH_KERNEL_POST};
+  for (int i = 0; i < 3; ++i) {
+    EXPECT_EQ(plan.launches[i].row, plan.launches[0].row);
+    EXPECT_EQ(plan.launches[i].entry, order[i]);
+    EXPECT_EQ(plan.launches[i].grid[0], i == 1 ? key_blocks * 2 * 3 : query_blocks * 8 * 3);
+  }
+  EXPECT_EQ(row_of(plan).op, "backward");
+}
+
+TEST(Plan, TheWorkspaceOfTheBackwardIsLinearInTheSequence) {
+  const auto on_256 = [](int64_t bytes) {
+    return static_cast<uint64_t>((bytes + 255) / 256 * 256);
+  };
+  for (const int64_t d : {40, 64, 128, 256})
+    for (const int64_t n : {1, 64, 1000, 100000}) {
+      const anyflash_plan plan = backward_on(90, {2, n, 333, 6, 2, d, d});
+      const int64_t rows = 6 * 2 * ((n + plan.Br - 1) / plan.Br * plan.Br); // whole blocks
+      EXPECT_EQ(plan.workspace_bytes, on_256(rows * row_of(plan).d * 4) + on_256(rows * 2 * 4) +
+                                          on_256(rows / plan.Br * 4));
+    }
+  int32_t lengths[] = {0, 10, 10, 500};
+  const anyflash_problem p = backward_of(packed({3, 490, 490, 4, 2, 64, 64}, 520, 530, lengths,
+                                                lengths, ANYFLASH_FLOAT16, ANYFLASH_CUDA));
+  const anyflash_plan plan = make_plan(validate(p), gpu(90));
+  const int64_t rows = 4 * (520 / plan.Br + 3) * plan.Br; // no block is shared by two sequences
+  EXPECT_EQ(plan.workspace_bytes,
+            on_256(rows * 64 * 4) + on_256(rows * 2 * 4) + on_256(rows / plan.Br * 4));
+}
+
+TEST(Plan, TheBackwardWritesGradientsOfWhatSeesNothing) {
+  const anyflash_plan no_keys = backward_on(90, {1, 100, 0});
+  ASSERT_EQ(no_keys.launch_count, 3); // dQ = 0
+  EXPECT_EQ(no_keys.launches[1].grid[0], 0u);
+  const anyflash_plan no_queries = backward_on(90, {1, 0, 100});
+  ASSERT_EQ(no_queries.launch_count, 3); // dK = dV = 0
+  EXPECT_EQ(no_queries.launches[0].grid[0], 0u);
+  EXPECT_GT(no_queries.launches[1].grid[0], 0u);
+  EXPECT_EQ(backward_on(90, {1, 0, 0}).launch_count, 0);
+  EXPECT_THROW(backward_on(90, {1, 5, 5, 0, 2}), NotSupported); // no head has nothing to share
 }
 
 TEST(Plan, AGridThatDoesNotFitIsRefused) {

@@ -44,6 +44,21 @@ inline anyflash_problem dense(const Shape& s, int32_t dtype = ANYFLASH_FLOAT32,
   return p;
 }
 
+/// The same problem's backward, with every gradient.
+inline anyflash_problem backward_of(anyflash_problem p) {
+  const int heads_at = p.q.ndim - 2;
+  const int32_t device = p.q.device_type;
+  p.op = ANYFLASH_BACKWARD;
+  p.lse = p.q.ndim == 4
+              ? tensor({p.q.shape[0], p.q.shape[2], p.q.shape[1]}, ANYFLASH_FLOAT32, device)
+              : tensor({p.q.shape[heads_at], p.q.shape[0]}, ANYFLASH_FLOAT32, device);
+  p.dout = p.o;
+  p.dq = p.q;
+  p.dk = p.k;
+  p.dv = p.v;
+  return p;
+}
+
 /// Packed sequences; cu_seqlens point into the caller's arrays, which may be null.
 inline anyflash_problem packed(const Shape& s, int64_t total_q, int64_t total_k, int32_t* cu_q,
                                int32_t* cu_k, int32_t dtype = ANYFLASH_FLOAT32,

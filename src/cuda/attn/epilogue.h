@@ -2,11 +2,9 @@
 #pragma once
 
 #include "cuda/attn/softmax.h"
-#include "cuda/tile/shared_tile.h"
+#include "cuda/tile/tile_store.h"
 
 namespace anyflash {
-
-constexpr float ln_2 = 0.6931471805599453f;
 
 /// O /= l and L = ln(2^m l) for the rows of one warp, which start at query `first_query`. Rows
 /// without a key, and those past the used length, get O = 0, L = -inf.
@@ -27,43 +25,18 @@ DEVICE void normalise(Output& o, State& state, const ForwardParams& p, const Blo
 }
 
 /// Writes the rows of one warp, [16 m, columns] of them from query `first_query` on, through its
-/// own rows [first_row, ...) of a shared tile, so that global memory sees 16 bytes a thread. The
-/// warp must be done with these bytes. any_alignment: rows of O may start anywhere.
+/// own rows [first_row, ...) of a shared tile. The warp must be done with these bytes.
 template <class T, class Tile, bool any_alignment, class Output, class Block>
 DEVICE void store_output(const Output& o, uint32_t tile, int first_row, const ForwardParams& p,
                          const Block& block, int first_query) {
-  constexpr int tile_rows = 16 * Output::m;
-  UNROLL
-  for (int r = 0; r < Output::rows; ++r) {
-    UNROLL
-    for (int c = 0; c < Output::columns; c += 2) {
-      // A multiple of 8: this thread's pair lies inside the chunk that starts there.
-      const int column = Output::column_offset(c);
-      st_shared(tile + Tile::at_chunk(first_row + Output::row(r), column / 8) +
-                    Output::first_column() * 2,
-                pack<T>(o(r, c), o(r, c + 1)));
-    }
-  }
+  constexpr int rows = 16 * Output::m;
+  store_fragments<T, Tile>(fragment_address<Tile, Output>(tile, first_row, 0), o);
   __syncwarp();
-
-  uint16_t* const base = static_cast<uint16_t*>(p.o) + block.o_offset;
-  constexpr int chunks = Tile::columns / 8; // a row
-  UNROLL
-  for (int i = 0; i < tile_rows * chunks / warp_size; ++i) {
-    const int index = i * warp_size + lane_index();
-    const int row = index / chunks, column = index % chunks * 8;
-    const uint4 value = ld_shared_16(tile + Tile::at_chunk(first_row + row, column / 8));
-    if (first_query + row >= block.rows) continue;
-    uint16_t* const to = base + (first_query + row) * p.o_strides.row + column;
-    if (!any_alignment || p.aligned) {
-      if (column < p.dv) *reinterpret_cast<uint4*>(to) = value;
-    } else {
-      const uint32_t pairs[4] = {value.x, value.y, value.z, value.w};
-      UNROLL
-      for (int e = 0; e < 8; ++e)
-        if (column + e < p.dv) to[e] = static_cast<uint16_t>(pairs[e / 2] >> e % 2 * 16);
-    }
-  }
+  uint16_t* const to =
+      static_cast<uint16_t*>(p.o) + block.o_offset + int64_t{first_query} * p.o_strides.row;
+  copy_rows<Tile, rows, warp_size, any_alignment>(tile + first_row * Tile::row_bytes, lane_index(),
+                                                  to, p.o_strides.row, block.rows - first_query,
+                                                  p.dv, p.aligned);
 }
 
 } // namespace anyflash

@@ -8,7 +8,7 @@ namespace anyflash {
 /// s: scores of queries [first_query, ...) and keys [first_key, ...). `left`: the window has a left
 /// end. Only for blocks on an edge.
 template <bool left, class Scores, class Block>
-DEVICE void mask(Scores& s, const ForwardParams& p, const Block& block, int first_query,
+DEVICE void mask(Scores& s, const AttentionParams& p, const Block& block, int first_query,
                  int first_key) {
   // The limits of each row do not depend on the key block; kept in registers they would cost the
   // loop more than their computation costs the few blocks on an edge.

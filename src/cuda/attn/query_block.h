@@ -18,8 +18,9 @@ struct QueryBlock {
   int seqlen_q, seqlen_k;                         // used lengths
   int64_t q_offset, k_offset, v_offset, o_offset; // elements to (row 0 of the sequence, this head)
   int64_t lse_offset;
+  int64_t first_q; // row of the sequence in a packed tensor
 
-  DEVICE QueryBlock(const ForwardParams& p, uint32_t index) {
+  DEVICE QueryBlock(const AttentionParams& p, uint32_t index) {
     const uint32_t section = divide(index, p.section_blocks);
     const uint32_t rest = index - section * p.section_blocks.divisor;
     const uint32_t first_head = section * p.section_heads.divisor;
@@ -34,7 +35,8 @@ struct QueryBlock {
     head_k = divide(head, p.group);
     first_query = block * Row::Br;
 
-    int64_t first_q = 0, first_k = 0; // rows in a packed tensor
+    int64_t first_k = 0;
+    first_q = 0;
     rows = p.seqlen_q;
     seqlen_k = p.seqlen_k;
     if (p.cu_seqlens_q) {
@@ -53,13 +55,18 @@ struct QueryBlock {
     lse_offset = sequence * p.lse_batch + head * p.lse_head + first_q;
   }
 
+  /// Elements to (row 0 of the sequence, this head) of another tensor with the query's rows.
+  DEVICE int64_t offset(const Strides& s) const {
+    return sequence * s.batch + first_q * s.row + head * s.head;
+  }
+
   /// Nothing to write: the sequence is shorter than the longest of the batch.
   DEVICE bool outside() const { return first_query >= rows; }
 
   /// Query i is aligned with key i + diagonal.
   DEVICE int diagonal() const { return seqlen_k - seqlen_q; }
 
-  DEVICE KeyBlocks keys(const ForwardParams& p) const {
+  DEVICE KeyBlocks keys(const AttentionParams& p) const {
     return key_blocks(first_query, Row::Br, Row::Bc, seqlen_q, seqlen_k, p.window_left,
                       p.window_right);
   }

@@ -26,5 +26,9 @@ DEVICE uint32_t recomputed(uint32_t x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+DEVICE int64_t recomputed_64(int64_t x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
 
 } // namespace anyflash

@@ -244,7 +244,7 @@ DEVICE void forward(const ForwardParams& p) {
     Queries<Row> q(shared, warp_row);
     const auto keys = FragmentReader<typename F::KTile>::columns_first(shared + F::k_begin);
     const auto values = FragmentReader<typename F::VTile>::rows_first(shared + F::v_begin, 0);
-    const float slope = F::general ? alibi_slope(p, block) : 0;
+    const float slope = F::general ? alibi_slope(p, block.sequence, block.head) : 0;
     const float factor = p.factor; // folded into the exponent: P = exp2(factor S - m)
     if constexpr (Row::q_in_registers) {
       cp_async_wait<0>();
@@ -257,7 +257,10 @@ DEVICE void forward(const ForwardParams& p) {
       typename F::Scores s;
       loader.wait_keys(j);
       multiply_queries_keys<Row>(s, q, keys, loader.k_stage_bytes());
-      if constexpr (F::general) apply_score(s, p, block, slope, first_query, j * Row::Bc);
+      if constexpr (F::general) {
+        apply_softcap(s, p);
+        apply_alibi(s, block, slope, first_query, j * Row::Bc);
+      }
       if (blocks.on_edge(j)) mask<true>(s, p, block, first_query, j * Row::Bc);
       state.move_to_maximum(s, factor, o);
       loader.wait_values(j);

@@ -12,4 +12,10 @@ constexpr int forward_shared_bytes(int d, int dv, int Br, int Bc, int k_stages, 
   return loop > o ? loop : o;
 }
 
+/// K, V, the stages of Q, the stages of dO, then P and dS [Br, Bc]. dK and dV leave through the
+/// bytes of K and V.
+constexpr int backward_shared_bytes(int d, int dv, int Br, int Bc, int q_stages, int o_stages) {
+  return (Bc * (d + dv) + Br * (q_stages * d + o_stages * dv) + 2 * Br * Bc) * 2;
+}
+
 } // namespace anyflash::sm80

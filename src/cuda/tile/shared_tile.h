@@ -59,10 +59,16 @@ struct FragmentReader {
 
   /// For B of a product stored as [n, k]: registers {b0, b1} of the first 8 rows, then of the
   /// second.
-  DEVICE static FragmentReader columns_first(uint32_t tile) {
+  DEVICE static FragmentReader columns_first(uint32_t tile, int first_row = 0) {
     const int lane = lane_index();
-    return {tile + Tile::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2)};
+    return {tile + Tile::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2) +
+            first_row * Tile::row_bytes};
   }
+
+  /// The reader of a part of the columns: from column 16 j on, where the part is aligned to its
+  /// width, a power of two up to a page; or the steps j, j + parts, j + 2 parts, ... of 16 columns,
+  /// where parts is a power of two.
+  DEVICE FragmentReader from_column(int j) const { return {Tile::at_step(address, j)}; }
 
   /// The 16x16 tile at row 16 i, column 16 j, in the tile that starts `stage_bytes` later.
   DEVICE void read(uint32_t (&r)[4], int i, int j, uint32_t stage_bytes = 0) const {

@@ -5,6 +5,22 @@
 
 namespace anyflash {
 
+/// Eight 16-bit elements from any address, the first `valid` of which exist; the others are 0.
+DEVICE uint4 gather_8(const uint16_t* from, int valid) {
+  uint32_t pairs[4] = {};
+  UNROLL
+  for (int i = 0; i < 8; ++i)
+    if (i < valid) pairs[i / 2] |= uint32_t{from[i]} << i % 2 * 16;
+  return {pairs[0], pairs[1], pairs[2], pairs[3]};
+}
+
+/// The same; aligned: `from` is on 16 bytes and valid a multiple of 8.
+template <bool any_alignment>
+DEVICE uint4 load_chunk(const uint16_t* from, int valid, bool aligned) {
+  if (any_alignment && !aligned) return gather_8(from, valid);
+  return valid > 0 ? *reinterpret_cast<const uint4*>(from) : uint4{0, 0, 0, 0};
+}
+
 /// Copies [rows, columns] tiles of one [N, d] matrix. Rows at and past `rows_valid`, and columns at
 /// and past d, become zeros: padding takes part in products, and what lies beyond the lengths may
 /// be NaN. aligned: rows start on 16 bytes; otherwise `any_alignment` must be set, and elements are
@@ -21,9 +37,9 @@ public:
   }
 
   /// Starts copying rows [first_row, first_row + Tile::rows) to shared memory at `tile`; of these,
-  /// rows_valid exist.
-  DEVICE void load(uint32_t tile, int64_t first_row, int rows_valid) const {
-    const uint16_t* const source = matrix_ + first_row * row_stride_;
+  /// rows_valid exist. offset: elements from the matrix to the one meant (another head).
+  DEVICE void load(uint32_t tile, int64_t first_row, int rows_valid, int64_t offset = 0) const {
+    const uint16_t* const source = matrix_ + offset + first_row * row_stride_;
     const uint32_t target = tile + Tile::offset(row(), chunk());
     if (any_alignment && !aligned_) return copy_elements(target, source, rows_valid);
     const int columns = d_ - static_cast<int>(recomputed(threadIdx.x)) % Tile::chunks * 8;
@@ -61,19 +77,10 @@ private:
       for (int page = 0; page < Tile::pages; ++page) {
         const bool row_valid = row() + pass * rows_per_pass < rows_valid;
         st_shared(target + shared_step(pass, page),
-                  gather(source + global_step(pass, page),
-                         row_valid ? d_ - chunk() * 8 - page * Tile::page_columns : 0));
+                  gather_8(source + global_step(pass, page),
+                           row_valid ? d_ - chunk() * 8 - page * Tile::page_columns : 0));
       }
     }
-  }
-
-  /// Eight elements, the first `valid` of which exist.
-  DEVICE static uint4 gather(const uint16_t* from, int valid) {
-    uint32_t pairs[4] = {};
-    UNROLL
-    for (int i = 0; i < 8; ++i)
-      if (i < valid) pairs[i / 2] |= uint32_t{from[i]} << i % 2 * 16;
-    return {pairs[0], pairs[1], pairs[2], pairs[3]};
   }
 
   const uint16_t* matrix_; // this thread's first element

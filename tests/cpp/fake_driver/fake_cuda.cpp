@@ -115,8 +115,9 @@ int library_load_data(Kernel** library, const void* code, int*, void**, unsigned
   return 0;
 }
 int library_get_kernel(Kernel** kernel, Kernel* library, const char* name) {
-  *kernel = library;
-  return std::string_view(name) == "kernel" ? 0 : 500;
+  const std::lock_guard lock(state().mutex);
+  *kernel = new Kernel{library->image, name};
+  return std::string_view(name).starts_with("kernel") ? 0 : 500;
 }
 int kernel_get_function(void** function, Kernel* kernel) {
   *function = kernel;

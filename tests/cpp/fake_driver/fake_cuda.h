@@ -16,6 +16,7 @@ struct Context {
 
 struct Kernel {
   std::string image; // the bytes that it was loaded from
+  std::string name;  // of the entry; empty for a library
 };
 
 struct Launch {

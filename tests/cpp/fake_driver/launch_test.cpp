@@ -5,6 +5,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <filesystem>
@@ -14,8 +15,8 @@
 #include "core/archive.h"
 #include "core/cache.h"
 #include "core/error.h"
-#include "core/forward_params.h"
 #include "core/images.h"
+#include "core/kernel_params.h"
 #include "core/notice.h"
 #include "core/plan.h"
 #include "fake_cuda.h"
@@ -30,7 +31,7 @@ const Row& next_row() {
   static size_t next = 0;
   for (; next < rows().size(); ++next) {
     const Row& row = rows()[next];
-    if (row.in_image("80") && row.in_image("90")) return rows()[next++];
+    if (row.op == "forward" && row.in_image("80") && row.in_image("90")) return rows()[next++];
   }
   throw std::logic_error("the table has too few rows for these tests");
 }
@@ -128,6 +129,33 @@ TEST_F(LaunchTest, RunsTheShippedImage) {
   const ForwardParams expected = forward_params(problem, row);
   EXPECT_EQ(std::memcmp(&params, &expected, sizeof params), 0);
   EXPECT_TRUE(notices().empty());
+}
+
+TEST_F(LaunchTest, TheBackwardRunsTheEntriesOfItsRowInOrder) {
+  const auto is_wanted = [](const Row& row) { return row.op == "backward" && row.in_image("90"); };
+  const Row& row = *std::ranges::find_if(rows(), is_wanted);
+  ship(row, {"90"}, "three kernels");
+  Problem problem = problem_of(row, 0);
+  problem.op = ANYFLASH_BACKWARD;
+  fake_cuda::state().params_bytes = sizeof(BackwardParams);
+  anyflash_plan plan{};
+  plan.device.index = 0;
+  plan.launch_count = 3;
+  const anyflash_entry order[] = {ANYFLASH_KERNEL_PRE, ANYFLASH_KERNEL, ANYFLASH_KERNEL_POST};
+  for (int i = 0; i < 3; ++i) plan.launches[i] = {row.id, order[i], {8, 1, 1}, 128, 0};
+  plan.launches[2].grid[0] = 0; // nothing to do there
+  char workspace[1];
+  launch(plan, problem, workspace, nullptr);
+  ASSERT_EQ(launches().size(), 2u);
+  EXPECT_EQ(launches()[0].kernel->name, "kernel_pre");
+  EXPECT_EQ(launches()[1].kernel->name, "kernel");
+  for (const fake_cuda::Launch& recorded : launches()) {
+    EXPECT_EQ(recorded.kernel->image, "three kernels");
+    BackwardParams params;
+    std::memcpy(&params, recorded.params.data(), sizeof params);
+    const BackwardParams expected = backward_params(problem, row, workspace);
+    EXPECT_EQ(std::memcmp(&params, &expected, sizeof params), 0);
+  }
 }
 
 TEST_F(LaunchTest, LoadsOnceAndSetsSharedMemoryOnce) {

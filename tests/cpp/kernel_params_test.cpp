@@ -1,11 +1,13 @@
-// Problem -> ForwardParams: divisors against integer division, strides, windows, the score's
-// factors.
-#include "core/forward_params.h"
+// Problem -> the kernels' parameters: divisors against integer division, strides, windows, the
+// score's factors.
+#include "core/kernel_params.h"
 
 #include <gtest/gtest.h>
 
 #include <cmath>
 #include <random>
+#include <stdexcept>
+#include <vector>
 
 namespace anyflash {
 namespace {
@@ -141,6 +143,72 @@ TEST(ForwardParams, SectionsHoldAtLeastOneHeadAndAtMostAll) {
     const ForwardParams p = forward_params(problem, a_row());
     EXPECT_GE(p.section_heads.divisor, 1u);
     EXPECT_LE(p.section_heads.divisor, 24u);
+  }
+}
+
+const Row& a_backward_row() {
+  for (const Row& row : rows())
+    if (row.op == "backward" && row.d == 128) return row;
+  throw std::logic_error("the table has no row of the backward for d 128");
+}
+
+Problem dense_backward() {
+  Problem p = dense();
+  p.op = ANYFLASH_BACKWARD;
+  p.dout = {reinterpret_cast<void*>(0x5000), 1, 2, 3};
+  p.dq = {reinterpret_cast<void*>(0x6000), 4, 5, 6};
+  p.dk = {reinterpret_cast<void*>(0x7000), 7, 8, 9};
+  p.dv_out = {reinterpret_cast<void*>(0x8000), 10, 11, 12};
+  return p;
+}
+
+TEST(BackwardParams, CarryTheGradientsAndTheirPlaceInTheWorkspace) {
+  Problem problem = dense_backward();
+  const Row& row = a_backward_row();
+  const auto base = reinterpret_cast<void*>(0x100000);
+  const BackwardParams p = backward_params(problem, row, base);
+  EXPECT_EQ(p.dout, problem.dout.data);
+  EXPECT_EQ(p.dv_out, problem.dv_out.data);
+  EXPECT_EQ(p.dq_strides.row, 5);
+  EXPECT_EQ(p.dk_strides.head, 9);
+  const auto key_blocks = static_cast<uint32_t>((777 + row.Bc - 1) / row.Bc);
+  EXPECT_EQ(p.key_heads.divisor, 2u);
+  EXPECT_EQ(p.key_section.divisor, 1u);
+  EXPECT_EQ(p.key_section_blocks.divisor, key_blocks);
+  EXPECT_EQ(p.padded_rows, 3 * ((1000 + row.Br - 1) / row.Br * row.Br));
+  EXPECT_EQ(p.scale, 0.125f);
+  EXPECT_EQ(p.dq_sum, base);
+  EXPECT_EQ(p.turns, nullptr);
+  problem.deterministic = true;
+  const BackwardParams ordered = backward_params(problem, row, base);
+  EXPECT_EQ(ordered.key_section.divisor, 6u); // all heads of all sequences
+  EXPECT_EQ(ordered.key_section_blocks.divisor, 6 * key_blocks);
+  const BackwardWorkspace layout = backward_workspace(problem, row);
+  EXPECT_EQ(reinterpret_cast<char*>(ordered.turns) - static_cast<char*>(base),
+            static_cast<int64_t>(layout.turns));
+  EXPECT_EQ(reinterpret_cast<char*>(p.row_stats) - static_cast<char*>(base),
+            static_cast<int64_t>(layout.row_stats));
+}
+
+TEST(BackwardParams, NoTwoPackedSequencesShareABlockOfTheWorkspace) {
+  Problem problem = dense_backward();
+  problem.packed = true;
+  problem.batch = 4;
+  const int Br = a_backward_row().Br;
+  // The kernels' own arithmetic: sequence b starts at block cu_seqlens[b] / Br + b.
+  for (const std::vector<int32_t>& lengths : {std::vector<int32_t>{0, 1, 2, 3, 4},
+                                              {0, 0, 0, 0, 0},
+                                              {0, Br, 2 * Br, 3 * Br, 4 * Br},
+                                              {0, Br - 1, 2 * Br - 2, 2 * Br - 1, 7 * Br + 1},
+                                              {0, 5, 5, 6 * Br + 5, 6 * Br + 6}}) {
+    problem.total_q = lengths.back();
+    int64_t end = 0;
+    for (int32_t b = 0; b < 4; ++b) {
+      const int64_t first = lengths[b] / Br + b;
+      EXPECT_GE(first, end);
+      end = first + (lengths[b + 1] - lengths[b] + Br - 1) / Br;
+    }
+    EXPECT_LE(end * Br, padded_rows(problem, Br));
   }
 }
 
