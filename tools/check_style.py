@@ -38,7 +38,7 @@ LAYERS = {
     "cuda/attn": ("cuda/params.h", "cuda/ptx/", "cuda/tile/"),
     "cuda/sm": ("cuda/params.h", "cuda/ptx/", "cuda/tile/", "cuda/attn/"),
     "cuda": (),
-    "core": (*CUDA_SHARED, "*/shared_memory.h", "cpu/cpu.h", "anyflash/"),
+    "core": (*CUDA_SHARED, "*/shared_memory.h", "cuda/sm90/params.h", "cpu/cpu.h", "anyflash/"),
     "cpu": (*CUDA_SHARED, "core/", "anyflash/"),
 }
 

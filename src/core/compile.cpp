@@ -16,9 +16,11 @@ std::string header_of(std::string_view op, std::string_view family) {
   return "cuda/" + std::string(family) + "/" + std::string(op) + ".cuh";
 }
 
-/// "forward" -> "ForwardParams", "backward_pre" -> "BackwardPreParams"
-std::string params_of(std::string_view op) {
-  std::string name;
+/// "forward" -> "anyflash::ForwardParams"; "anyflash::sm90::ForwardParams" where the family has
+/// parameters of its own.
+std::string params_of(std::string_view op, const std::string& family) {
+  const bool own = find_source("cuda/" + family + "/params.h") != nullptr;
+  std::string name = own ? "anyflash::" + family + "::" : "anyflash::";
   bool capital = true;
   for (const char letter : op) {
     if (letter != '_') name.push_back(capital ? static_cast<char>(letter - 'a' + 'A') : letter);
@@ -129,7 +131,7 @@ std::string source_of(const Row& row) {
     const int blocks_per_sm = main ? row.constant("blocks_per_sm", 1) : 1;
     text += "extern \"C\" __global__ void __launch_bounds__(" + std::to_string(row.threads()) +
             ", " + std::to_string(blocks_per_sm) + ") " + entry.symbol +
-            "(const __grid_constant__ anyflash::" + params_of(op) + " p) { anyflash::" + family +
+            "(const __grid_constant__ " + params_of(op, family) + " p) { anyflash::" + family +
             "::" + entry.function + "<Row>(p); }\n";
   }
   return text;

@@ -67,6 +67,7 @@ void load_functions(Loader& loader, Driver& d) {
   loader.load("cuKernelSetAttribute", d.KernelSetAttribute);
   loader.load("cuLaunchKernelEx", d.LaunchKernelEx);
   loader.load("cuThreadExchangeStreamCaptureMode", d.ThreadExchangeStreamCaptureMode);
+  loader.load("cuTensorMapEncodeTiled", d.TensorMapEncodeTiled);
 }
 
 constexpr const char* library_name = "libcuda.so.1";

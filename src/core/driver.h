@@ -38,6 +38,14 @@ enum DeviceAttribute {
 /// CUfunction_attribute
 enum FunctionAttribute { max_dynamic_shared_size_bytes = 8 };
 
+/// What a tensor map is encoded from: CUtensorMapDataType, CUtensorMapInterleave,
+/// CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill
+enum TensorMapType { map_float16 = 6, map_bfloat16 = 9 };
+enum TensorMapInterleave { map_not_interleaved = 0 };
+enum TensorMapSwizzle { map_swizzle_64_bytes = 2, map_swizzle_128_bytes = 3 };
+enum TensorMapPromotion { map_l2_256_bytes = 3 };
+enum TensorMapFill { map_fill_zero = 0 };
+
 /// CUstreamCaptureMode
 enum CaptureMode { capture_global = 0, capture_thread_local = 1, capture_relaxed = 2 };
 
@@ -70,6 +78,10 @@ struct Driver {
   Status (*KernelSetAttribute)(int attribute, int value, Kernel, Device);
   Status (*LaunchKernelEx)(const LaunchConfig*, Kernel, void** params, void** extra);
   Status (*ThreadExchangeStreamCaptureMode)(int*);
+  Status (*TensorMapEncodeTiled)(void* map, int type, uint32_t rank, void* address,
+                                 const uint64_t* sizes, const uint64_t* strides,
+                                 const uint32_t* box, const uint32_t* steps, int interleave,
+                                 int swizzle, int promotion, int fill);
 
   /// Throws RuntimeError with the driver's name and text of the error when status is not 0.
   void check(Status status, const char* what) const {

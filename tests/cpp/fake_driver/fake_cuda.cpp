@@ -151,6 +151,31 @@ int exchange_capture_mode(int* other) {
   std::swap(mode, *other);
   return 0;
 }
+/// A map that shows what it was made from: address, sizes, strides, box.
+int tensor_map_encode_tiled(void* map, int type, uint32_t rank, void* address,
+                            const uint64_t* sizes, const uint64_t* strides, const uint32_t* box,
+                            const uint32_t*, int, int swizzle, int, int) {
+  const bool valid = rank == 4 && reinterpret_cast<uintptr_t>(address) % 16 == 0 && address;
+  if (!valid || reinterpret_cast<uintptr_t>(map) % 64 != 0) return 1;
+  for (int i = 0; i < 3; ++i)
+    if (strides[i] == 0 || strides[i] % 16 != 0 || strides[i] >= uint64_t{1} << 40) return 1;
+  for (int i = 0; i < 4; ++i)
+    if (sizes[i] == 0 || sizes[i] > uint64_t{1} << 32 || box[i] == 0 || box[i] > 256) return 1;
+  const uint64_t words[16] = {reinterpret_cast<uintptr_t>(address),
+                              sizes[0],
+                              sizes[1],
+                              sizes[2],
+                              sizes[3],
+                              strides[0],
+                              strides[1],
+                              strides[2],
+                              box[0],
+                              box[1],
+                              static_cast<uint64_t>(type),
+                              static_cast<uint64_t>(swizzle)};
+  std::memcpy(map, words, sizeof words);
+  return 0;
+}
 
 struct Symbol {
   std::string_view name;
@@ -196,6 +221,7 @@ int cuGetProcAddress_v2(const char* name, void** address, int version, uint64_t,
       {"cuKernelSetAttribute", address_of(kernel_set_attribute)},
       {"cuLaunchKernelEx", address_of(launch_kernel_ex)},
       {"cuThreadExchangeStreamCaptureMode", address_of(exchange_capture_mode)},
+      {"cuTensorMapEncodeTiled", address_of(tensor_map_encode_tiled)},
   };
   if (version > 12000) return 1; // nothing newer than CUDA 12.0 may be asked for
   for (const Symbol& symbol : symbols)

@@ -1,0 +1,30 @@
+// Tensors as Hopper's copy engine addresses them.
+#pragma once
+
+#include <string>
+
+#include "core/problem.h"
+#include "cuda/sm90/params.h"
+
+namespace anyflash {
+
+/// The sizes of a view, [batch, rows, heads, d]; packed tensors are one batch of all rows.
+struct Extents {
+  int64_t batch, rows, heads, d;
+};
+Extents query_extents(const Problem& problem, int64_t d);
+Extents key_extents(const Problem& problem, int64_t d);
+
+/// Columns of a box: those of a page of a shared tile of `columns` columns (tile/shared_tile.h).
+constexpr int box_columns(int columns) { return columns % 64 == 0 ? 64 : 32; }
+
+/// The map of a view of 16-bit elements with boxes of `box_rows` rows by `columns` columns, 64 or
+/// 32, swizzled over the bytes of a row. Nothing of an empty view is ever read, but its map is
+/// valid. Needs the driver; throws RuntimeError.
+sm90::TensorMap tensor_map(const View& view, const Extents& extents, DType dtype, int columns,
+                           int box_rows);
+
+/// Why the copy engine cannot address a tensor of this problem; empty if it can. Pure.
+std::string why_not_tensor_maps(const Problem& problem);
+
+} // namespace anyflash

@@ -1,0 +1,23 @@
+// Kernel parameters of the sm90 family: those that every family reads, and how the copy engine
+// finds the tensors.
+#pragma once
+
+#include "cuda/params.h"
+
+namespace anyflash::sm90 {
+
+/// A [batch, rows, heads, d] tensor and a box of it, as the driver encodes them (CUtensorMap).
+struct alignas(64) TensorMap {
+  uint64_t opaque[16];
+};
+
+/// Boxes of one page of a shared tile: Br or Bc rows, for O the 16 rows of a warp.
+struct ForwardParams : anyflash::ForwardParams {
+  TensorMap q_map, k_map, v_map, o_map;
+};
+
+static_assert(sizeof(TensorMap) == 128);
+static_assert(sizeof(ForwardParams) % 64 == 0);
+static_assert(sizeof(ForwardParams) - sizeof(anyflash::ForwardParams) - 4 * sizeof(TensorMap) < 64);
+
+} // namespace anyflash::sm90
