@@ -1,4 +1,4 @@
-"""Forward speed on a GPU: ours and torch's FlashAttention-2 in one run, medians of CUDA events.
+"""Forward speed on a GPU: ours, torch's FlashAttention-2 and, on Hopper, cuDNN in one run; medians.
 
 usage: python bench/gpu_forward.py [--grid] [--options] [--host] [--out cells.jsonl] [--seconds S]
 
@@ -44,6 +44,21 @@ def flash_attention_2(q: Any, k: Any, v: Any, causal: bool) -> Run:
         return sdpa(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
     return run
+
+
+def cudnn(q: Any, k: Any, v: Any, causal: bool) -> dict[str, Run]:
+    """{"cudnn": cuDNN's attention, through torch}, if it takes such [B, N, H, d] tensors."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    attention = torch.ops.aten._scaled_dot_product_cudnn_attention
+
+    def run() -> Any:
+        return attention(q, k, v, None, False, 0.0, causal)
+
+    try:
+        run()
+    except RuntimeError:
+        return {}
+    return {"cudnn": run}
 
 
 def measure(candidates: dict[str, Run], seconds: float) -> dict[str, float]:
@@ -124,9 +139,8 @@ def grid(seconds: float) -> Iterator[dict[str, Any]]:
                 q, k, v = tensors(seqlen, d)
                 ours = partial(anyflash.attention, q, k, v, causal=causal)
                 with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                    times = measure(
-                        {"ours": ours, "fa2": flash_attention_2(q, k, v, causal)}, seconds
-                    )
+                    fa2 = flash_attention_2(q, k, v, causal)
+                    times = measure({"ours": ours, "fa2": fa2, **cudnn(q, k, v, causal)}, seconds)
                 yield cell(q, k, causal, times)
 
 

@@ -27,7 +27,7 @@ Record = dict[str, Any]
 OPERATIONS = {"forward": "fwd", "backward": "bwd", "backward_pre": "bwd", "backward_post": "bwd"}
 
 # Images that a family must have been run through; more may be recorded.
-EXPECTED_IMAGES = {"sm80": ("sm_90", "compute_80 PTX")}
+EXPECTED_IMAGES = {"sm80": ("sm_90", "compute_80 PTX"), "sm90": ("sm_90a",)}
 
 # What identifies a measured cell; the rest of it is the measurement.
 MEASUREMENT = ("ours", "peers", "unit")

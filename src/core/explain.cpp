@@ -119,6 +119,9 @@ std::string launch_words(const Problem& problem, const anyflash_plan& plan,
   const std::string reason = why_not_plain(problem);
   std::string text = "row        " + row.name() + " (row " + to_string(row.id) + "), image " +
                      std::string(image_for(plan.device.compute_capability, row.family)) + "\n";
+  const std::string older = why_older_family(problem, plan.device, row.family);
+  if (!older.empty())
+    text += "family     " + std::string(row.family) + " rather than a newer one: " + older + "\n";
   if (row.variant == "general")
     text += "variant    general rather than plain: " +
             (reason.empty() ? "no plain row holds these head dims" : reason) + "\n";

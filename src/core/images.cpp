@@ -14,7 +14,7 @@ std::string dotted(int compute_capability) {
   return std::to_string(compute_capability / 10) + "." + std::to_string(compute_capability % 10);
 }
 
-/// ANYFLASH_IMAGE: the one target to use, for verification.
+/// ANYFLASH_IMAGE: the target to use for the rows that it has, for verification.
 std::optional<Target> forced_target() {
   const char* name = std::getenv("ANYFLASH_IMAGE");
   if (!name || !*name) return std::nullopt;
@@ -128,7 +128,8 @@ Target native_target(const Row& row, int compute_capability) {
 }
 
 ImageChoice choose_image(const Row& row, const Gpu& gpu) {
-  if (const std::optional<Target> forced = forced_target()) return choose_forced(row, *forced, gpu);
+  const std::optional<Target> forced = forced_target();
+  if (forced && row.in_image(forced->arch)) return choose_forced(row, *forced, gpu);
   const Target native = native_target(row, gpu.compute_capability);
   if (auto choice = from_archive(row, native)) return *choice;
 

@@ -8,6 +8,7 @@
 
 #include "core/driver.h"
 #include "core/error.h"
+#include "core/hopper_params.h"
 #include "core/kernel_params.h"
 #include "core/kernels.h"
 #include "core/plan.h"
@@ -60,10 +61,13 @@ void launch(const anyflash_plan& plan, const Problem& problem, void* workspace, 
   for (const anyflash_launch& one :
        std::span(plan.launches, static_cast<size_t>(plan.launch_count))) {
     if (!has_blocks(one)) continue;
-    if (problem.op == ANYFLASH_FORWARD)
-      launch_one(one, forward_params(problem, row_of(one)), device, stream);
+    const Row& row = row_of(one);
+    if (problem.op == ANYFLASH_FORWARD && row.family == "sm90")
+      launch_one(one, hopper_forward_params(problem, row, one.grid[0]), device, stream);
+    else if (problem.op == ANYFLASH_FORWARD)
+      launch_one(one, forward_params(problem, row), device, stream);
     else
-      launch_one(one, backward_params(problem, row_of(one), workspace), device, stream);
+      launch_one(one, backward_params(problem, row, workspace), device, stream);
   }
 }
 

@@ -2,15 +2,18 @@
 #include "core/plan.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <vector>
 
+#include "core/compile.h"
 #include "core/error.h"
 #include "core/kernel_params.h"
 #include "core/plan_cache.h"
 #include "core/row.h"
 #include "core/tensor_checks.h"
+#include "core/tensor_maps.h"
 #include "cpu/cpu.h"
 
 namespace anyflash {
@@ -71,26 +74,48 @@ std::vector<std::string_view> families() {
   return names;
 }
 
+/// Why the sm90 family leaves a problem to an older one; empty if it does not.
+std::string why_not_hopper(const Problem& problem) {
+  if (problem.op == ANYFLASH_FORWARD && std::max(problem.d, problem.dv) <= 32)
+    return "head dims up to 32, for which only that family has a row";
+  return why_not_tensor_maps(problem);
+}
+
 bool serves(const Row& row, const Problem& problem, const anyflash_device& device) {
   const std::string_view image = image_for(device.compute_capability, row.family);
   return !image.empty() && row.in_image(image) && row.op == op_name(problem.op) &&
          row.dtype == problem.dtype && problem.d <= row.d && problem.dv <= row.dv &&
          row.shared_bytes() <= device.shared_bytes &&
-         (row.variant == "general" || why_not_plain(problem).empty());
+         (row.variant == "general" || why_not_plain(problem).empty()) &&
+         (row.family != "sm90" || why_not_hopper(problem).empty());
+}
+
+/// ANYFLASH_IMAGE=sm_90: rows of this image are preferred, for verification.
+bool in_forced_image(const Row& row) {
+  const char* name = std::getenv("ANYFLASH_IMAGE");
+  return name && *name && row.in_image(parse_target(name).arch);
+}
+
+/// Of two rows that differ in their tiles alone: large ones read K and V less often, small ones
+/// waste less along the edge of a mask. Measured: docs/kernels/sm90_forward.md.
+bool small_tiles(const Problem& problem) {
+  return problem.mask.right != Mask::unbounded && problem.seqlen_q <= 2048;
 }
 
 /// True if row a is the better of two that serve: newer family, plain, then the smaller bucket.
-bool better(const Row& a, const Row& b) {
+bool better(const Row& a, const Row& b, const Problem& problem) {
+  if (in_forced_image(a) != in_forced_image(b)) return in_forced_image(a);
   if (a.family != b.family) return a.family > b.family;
   if (a.variant != b.variant) return a.variant == "plain";
   if (a.d != b.d) return a.d < b.d;
-  return a.dv < b.dv;
+  if (a.dv != b.dv) return a.dv < b.dv;
+  return small_tiles(problem) ? a.Br < b.Br : a.Br > b.Br;
 }
 
 const Row* choose_row(const Problem& problem, const anyflash_device& device) {
   const Row* best = nullptr;
   for (const Row& row : rows())
-    if (serves(row, problem, device) && (!best || better(row, *best))) best = &row;
+    if (serves(row, problem, device) && (!best || better(row, *best, problem))) best = &row;
   return best;
 }
 
@@ -155,7 +180,10 @@ anyflash_plan plan_on_gpu(const Problem& problem, const anyflash_device& device)
   const uint32_t of_queries =
       grid_of("query", ceil_div(problem.seqlen_q, row->Br), problem.heads, problem.batch);
   if (problem.op == ANYFLASH_FORWARD) {
-    add_launch(plan, *row, ANYFLASH_KERNEL, of_queries);
+    // Thread blocks of the sm90 family stay and take tile after tile.
+    const auto resident = static_cast<uint32_t>(device.multiprocessors);
+    const bool stay = row->family == "sm90";
+    add_launch(plan, *row, ANYFLASH_KERNEL, stay ? std::min(of_queries, resident) : of_queries);
     return plan;
   }
   if (problem.heads == 0)
@@ -219,6 +247,17 @@ std::string why_not_plain(const Problem& problem) {
   if (problem.scale <= 0) return "a scale that is not positive";
   if (!problem.aligned)
     return "rows of q, k, v, an output or a gradient that do not start on 16 bytes";
+  return "";
+}
+
+std::string why_older_family(const Problem& problem, const anyflash_device& device,
+                             std::string_view family) {
+  for (const Row& row : rows()) {
+    const std::string_view image = image_for(device.compute_capability, row.family);
+    if (row.family <= family || row.op != op_name(problem.op) || !row.in_image(image)) continue;
+    const std::string reason = why_not_hopper(problem);
+    return reason.empty() ? "no row of " + std::string(row.family) + " holds this problem" : reason;
+  }
   return "";
 }
 

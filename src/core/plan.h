@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 
 #include "core/problem.h"
 
@@ -14,6 +15,11 @@ anyflash_plan make_plan(const Problem& problem, const anyflash_device& device);
 
 /// Why the variant `plain` cannot serve this problem; empty if it can.
 std::string why_not_plain(const Problem& problem);
+
+/// Why a plan took a row of an older family although the device has a newer one for this operation;
+/// empty if there is none.
+std::string why_older_family(const Problem& problem, const anyflash_device& device,
+                             std::string_view family);
 
 /// The plan in words: row, grid, shared memory, flops, bytes, the machine's floor.
 std::string explain(const Problem& problem, const anyflash_plan& plan);

@@ -7,6 +7,7 @@
 #include "core/error.h"
 #include "core/row.h"
 #include "cuda/sm80/shared_memory.h"
+#include "cuda/sm90/shared_memory.h"
 
 namespace anyflash {
 namespace {
@@ -109,6 +110,10 @@ std::span<const EntryPoint> entries_of(std::string_view op) {
 }
 
 int Row::shared_bytes() const {
+  if (family == "sm90")
+    return sm90::ForwardShared(d, dv, Br, Bc, constant("stages", 1), constant("q_stages", 1),
+                               constant("o_parts", 1))
+        .bytes;
   if (op == "backward")
     return sm80::backward_shared_bytes(d, dv, Br, Bc, constant("q_stages", 1),
                                        constant("o_stages", 1));

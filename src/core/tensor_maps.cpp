@@ -1,6 +1,5 @@
 #include "core/tensor_maps.h"
 
-#include <algorithm>
 #include <array>
 
 #include "core/driver.h"
@@ -18,12 +17,10 @@ uint64_t stride_bytes(int64_t stride, int64_t extent) {
   return extent > 1 ? static_cast<uint64_t>(stride * bytes_of_element) : 16;
 }
 
-uint64_t extent_of(int64_t extent) { return static_cast<uint64_t>(std::max<int64_t>(extent, 1)); }
-
-/// What stands for the data of an empty tensor, whose pointer may be null; never read.
-alignas(16) constexpr char nothing[16] = {};
+uint64_t extent_of(int64_t extent) { return static_cast<uint64_t>(extent); }
 
 std::string why_not(const View& view, const Extents& extents) {
+  if (view == View{}) return ""; // absent: only planning
   const std::array<std::array<int64_t, 2>, 3> dims = {
       {{view.row, extents.rows}, {view.head, extents.heads}, {view.batch, extents.batch}}};
   for (const auto& [stride, extent] : dims) {
@@ -55,13 +52,11 @@ sm90::TensorMap tensor_map(const View& view, const Extents& extents, DType dtype
                               stride_bytes(view.batch, extents.batch)};
   const uint32_t box[] = {static_cast<uint32_t>(columns), static_cast<uint32_t>(box_rows), 1, 1};
   const uint32_t steps[] = {1, 1, 1, 1};
-  const bool empty = extents.d * extents.rows * extents.heads * extents.batch == 0;
-  const void* data = empty ? nothing : view.data;
   sm90::TensorMap map{};
   const cuda::Driver& driver = cuda::driver();
   driver.check(driver.TensorMapEncodeTiled(
                    &map, dtype == DType::bfloat16 ? cuda::map_bfloat16 : cuda::map_float16, 4,
-                   const_cast<void*>(data), sizes, strides, box, steps, cuda::map_not_interleaved,
+                   view.data, sizes, strides, box, steps, cuda::map_not_interleaved,
                    columns == 64 ? cuda::map_swizzle_128_bytes : cuda::map_swizzle_64_bytes,
                    cuda::map_l2_256_bytes, cuda::map_fill_zero),
                "cuTensorMapEncodeTiled");

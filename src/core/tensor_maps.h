@@ -19,8 +19,8 @@ Extents key_extents(const Problem& problem, int64_t d);
 constexpr int box_columns(int columns) { return columns % 64 == 0 ? 64 : 32; }
 
 /// The map of a view of 16-bit elements with boxes of `box_rows` rows by `columns` columns, 64 or
-/// 32, swizzled over the bytes of a row. Nothing of an empty view is ever read, but its map is
-/// valid. Needs the driver; throws RuntimeError.
+/// 32, swizzled over the bytes of a row. The view is not empty. Needs the driver; throws
+/// RuntimeError.
 sm90::TensorMap tensor_map(const View& view, const Extents& extents, DType dtype, int columns,
                            int box_rows);
 

@@ -27,12 +27,12 @@ std::string all_images() {
 
 TEST(ArchList, TakesEveryWayOfWriting) {
   EXPECT_EQ(targets("8.0"), "sm_80");
-  EXPECT_EQ(targets("80;90"), "sm_80 sm_90");
-  EXPECT_EQ(targets("9.0, 8.0"), "sm_80 sm_90");
-  EXPECT_EQ(targets("8.0 9.0"), "sm_80 sm_90");
-  EXPECT_EQ(targets("8.0;9.0+PTX"), "sm_80 sm_90 compute_80");
-  EXPECT_EQ(targets("90a"), "sm_90");
-  EXPECT_EQ(targets("Hopper"), "sm_90 compute_80");
+  EXPECT_EQ(targets("80;90"), "sm_80 sm_90 sm_90a") << "one image for each family of kernels";
+  EXPECT_EQ(targets("9.0, 8.0"), "sm_80 sm_90 sm_90a");
+  EXPECT_EQ(targets("8.0 9.0"), "sm_80 sm_90 sm_90a");
+  EXPECT_EQ(targets("8.0;9.0+PTX"), "sm_80 sm_90 sm_90a compute_80");
+  EXPECT_EQ(targets("90a"), "sm_90 sm_90a");
+  EXPECT_EQ(targets("Hopper"), "sm_90 sm_90a compute_80");
   EXPECT_EQ(targets("80;80;8.0"), "sm_80");
   EXPECT_EQ(targets("all"), all_images());
 }
@@ -47,17 +47,17 @@ TEST(ArchList, AGenerationBringsTheImageThatServesIt) {
 TEST(ArchList, DefaultsToTheGpusPresentOrAll) {
   EXPECT_EQ(targets(""), all_images());
   EXPECT_EQ(targets(" ; "), all_images());
-  EXPECT_EQ(targets("", {{90, 90}, {}}), "sm_90 compute_80");
-  EXPECT_EQ(targets("native", {{90}, {}}), "sm_90");
+  EXPECT_EQ(targets("", {{90, 90}, {}}), "sm_90 sm_90a compute_80");
+  EXPECT_EQ(targets("native", {{90}, {}}), "sm_90 sm_90a");
 }
 
 TEST(ArchList, SkipsWhatNobodyServesWithOneLine) {
   const ArchSelection selection = select_targets("7.0;7.0;9.0", nothing_here);
-  EXPECT_EQ(selection.targets, std::vector<Target>{{"90"}});
+  EXPECT_EQ(selection.targets, (std::vector<Target>{{"90"}, {"90a"}}));
   ASSERT_EQ(selection.skipped.size(), 1u);
   EXPECT_NE(selection.skipped[0].find("7.0"), std::string::npos);
   const ArchSelection old_compiler = select_targets("9.0;10.0", {{}, {80, 86, 89, 90}});
-  EXPECT_EQ(old_compiler.targets, std::vector<Target>{{"90"}});
+  EXPECT_EQ(old_compiler.targets, (std::vector<Target>{{"90"}, {"90a"}}));
   ASSERT_EQ(old_compiler.skipped.size(), 1u);
   EXPECT_NE(old_compiler.skipped[0].find("sm_100"), std::string::npos);
 }

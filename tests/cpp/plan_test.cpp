@@ -16,6 +16,7 @@
 #include "core/row.h"
 #include "core/work.h"
 #include "problems.h"
+#include "scoped_env.h"
 
 namespace anyflash {
 namespace {
@@ -43,6 +44,40 @@ const Row& row_of(const anyflash_plan& plan) {
 /// Every GPU generation that the table names, and a few that it does not.
 std::vector<int> generations() { return {80, 86, 87, 89, 90, 100, 103, 110, 120, 121, 130}; }
 
+TEST(Plan, HopperHasKernelsOfItsOwn) {
+  const anyflash_plan plan = plan_on(90, {4, 4096, 4096, 16, 16, 128, 128});
+  EXPECT_EQ(row_of(plan).family, "sm90");
+  EXPECT_EQ(plan.launches[0].grid[0], 132u) << "thread blocks that stay";
+  EXPECT_EQ(plan_on(90, {1, 64, 64, 2, 2, 128, 128}).launches[0].grid[0], 2u);
+  EXPECT_EQ(row_of(plan_on(80, {4, 4096, 4096, 16, 16, 128, 128})).family, "sm80");
+}
+
+TEST(Plan, WhatHoppersCopyEngineCannotAddressRunsAsOnAmpere) {
+  const Shape shape{2, 300, 300, 4, 4, 64, 64};
+  anyflash_problem p = dense(shape, ANYFLASH_BFLOAT16, ANYFLASH_CUDA);
+  p.k.strides[2] = 0; // one head for all
+  const Problem broadcast = validate(p);
+  const anyflash_plan plan = make_plan(broadcast, gpu(90));
+  EXPECT_EQ(row_of(plan).family, "sm80");
+  EXPECT_NE(explain(broadcast, plan).find("a stride that is not positive"), std::string::npos);
+  p = dense(shape, ANYFLASH_BFLOAT16, ANYFLASH_CUDA);
+  const Problem plain = validate(p);
+  EXPECT_EQ(explain(plain, make_plan(plain, gpu(90))).find("family"), std::string::npos);
+  EXPECT_EQ(row_of(plan_on(90, {2, 300, 300, 4, 4, 99, 99})).family, "sm80") << "odd rows";
+}
+
+TEST(Plan, AForcedImageBringsItsFamily) {
+  const ScopedEnv image("ANYFLASH_IMAGE", "sm_90");
+  EXPECT_EQ(row_of(plan_on(90, {2, 301, 300, 4, 4, 64, 64})).family, "sm80");
+}
+
+TEST(Plan, ShortCausalProblemsGetSmallTiles) {
+  const auto causal = [](anyflash_problem& p) { p.causal = 1; };
+  EXPECT_EQ(plan_on(90, {2, 1024, 1024, 4, 4, 64, 64}, causal).Br, 128);
+  EXPECT_EQ(plan_on(90, {2, 4096, 4096, 4, 4, 64, 64}, causal).Br, 192);
+  EXPECT_EQ(plan_on(90, {2, 1024, 1024, 4, 4, 64, 64}).Br, 192);
+}
+
 TEST(Plan, EveryRowIsChosenForItsOwnHeadDims) {
   std::set<int> chosen;
   for (const Row& row : rows())
@@ -53,7 +88,10 @@ TEST(Plan, EveryRowIsChosenForItsOwnHeadDims) {
       if (row.variant == "general") p.softcap = 30;
       if (row.op == "backward") p = backward_of(p);
       if (row.shared_bytes() > gpu(capability).shared_bytes) continue;
-      chosen.insert(make_plan(validate(p), gpu(capability)).launches[0].row);
+      for (const int causal : {0, 1}) { // some rows have tiles for masks
+        p.causal = causal;
+        chosen.insert(make_plan(validate(p), gpu(capability)).launches[0].row);
+      }
     }
   for (const Row& row : rows()) EXPECT_TRUE(chosen.count(row.id)) << row.name() << " serves no GPU";
 }

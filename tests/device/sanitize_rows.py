@@ -293,7 +293,9 @@ def main() -> int:
                 cases += 1
             if driver is not None:
                 run_and_check(problem, arguments.op)
-    kernels = {same_kernel(row) for row in known}
+    # An older family stands in for what the newest cannot address; it has a run of its own.
+    newest = max((row["family"] for row in reached if row), default="")
+    kernels = {same_kernel(row) for row in known if row["family"] == newest}
     missing = kernels - {same_kernel(row) for row in reached if row}
     for kernel in sorted(missing):
         print("not reached:", " ".join(kernel))

@@ -13,8 +13,13 @@ pytest.importorskip("anyflash", reason="anyflash is not installed")
 SCRIPT = Path(__file__).resolve().parents[1] / "device" / "sanitize_rows.py"
 
 
-@pytest.mark.parametrize("gpu", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120"])
-def test_every_kernel_is_reached(gpu):
+@pytest.mark.parametrize(
+    ("gpu", "image"),
+    [(gpu, "") for gpu in ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120")]
+    + [("sm_90", "sm_90"), ("sm_90", "sm_90a")],
+)
+def test_every_kernel_is_reached(gpu, image, monkeypatch):
+    monkeypatch.setenv("ANYFLASH_IMAGE", image)
     command = [sys.executable, str(SCRIPT), "--plan-only", gpu]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

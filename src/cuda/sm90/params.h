@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/params.h"
+#include "cuda/sm90/tile_order.h"
 
 namespace anyflash::sm90 {
 
@@ -11,13 +12,16 @@ struct alignas(64) TensorMap {
   uint64_t opaque[16];
 };
 
-/// Boxes of one page of a shared tile: Br or Bc rows, for O the 16 rows of a warp.
+/// Boxes are one page of a shared tile wide, and Br or Bc rows high, for O the 16 rows of a warp.
 struct ForwardParams : anyflash::ForwardParams {
+  TileOrder order;
   TensorMap q_map, k_map, v_map, o_map;
 };
 
 static_assert(sizeof(TensorMap) == 128);
 static_assert(sizeof(ForwardParams) % 64 == 0);
-static_assert(sizeof(ForwardParams) - sizeof(anyflash::ForwardParams) - 4 * sizeof(TensorMap) < 64);
+static_assert(sizeof(ForwardParams) - sizeof(anyflash::ForwardParams) - sizeof(TileOrder) -
+                  4 * sizeof(TensorMap) <
+              64);
 
 } // namespace anyflash::sm90

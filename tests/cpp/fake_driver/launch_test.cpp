@@ -15,6 +15,7 @@
 #include "core/archive.h"
 #include "core/cache.h"
 #include "core/error.h"
+#include "core/hopper_params.h"
 #include "core/images.h"
 #include "core/kernel_params.h"
 #include "core/notice.h"
@@ -129,6 +130,66 @@ TEST_F(LaunchTest, RunsTheShippedImage) {
   const ForwardParams expected = forward_params(problem, row);
   EXPECT_EQ(std::memcmp(&params, &expected, sizeof params), 0);
   EXPECT_TRUE(notices().empty());
+}
+
+const Row& hopper_row(int d, int dv) {
+  for (const Row& row : rows())
+    if (row.family == "sm90" && row.op == "forward" && row.d == d && row.dv == dv) return row;
+  throw std::logic_error("no such row");
+}
+
+/// What the fake driver keeps in a tensor map.
+struct MapWords {
+  uint64_t address, sizes[4], strides[3], box[2], type, swizzle;
+};
+
+MapWords words_of(const sm90::TensorMap& map) {
+  MapWords words;
+  std::memcpy(&words, &map, sizeof words);
+  return words;
+}
+
+TEST_F(LaunchTest, HopperGetsTensorMaps) {
+  const Row& row = hopper_row(192, 128);
+  fake_cuda::state().params_bytes = sizeof(sm90::ForwardParams);
+  Problem p = problem_of(row, 0);
+  p.heads_k = 2;
+  p.k = {reinterpret_cast<void*>(0x2000), 1000 * 2 * 192, 2 * 192, 192};
+  p.q = {reinterpret_cast<void*>(0x1000), 1000 * 4 * 192, 4 * 192, 192};
+  p.v = {reinterpret_cast<void*>(0x3000), 1000 * 2 * 128, 2 * 128, 128};
+  p.o = {reinterpret_cast<void*>(0x4000), 1000 * 4 * 128, 4 * 128, 128};
+  ship(row, {"90a"}, "hopper");
+  launch(plan_of(row, 0), p, nullptr, nullptr);
+  ASSERT_EQ(launches().size(), 1u);
+  EXPECT_EQ(launches()[0].kernel->image, "hopper");
+  sm90::ForwardParams params;
+  std::memcpy(static_cast<void*>(&params), launches()[0].params.data(), sizeof params);
+  const MapWords k = words_of(params.k_map);
+  EXPECT_EQ(k.address, 0x2000u);
+  EXPECT_EQ(std::vector<uint64_t>(k.sizes, k.sizes + 4), (std::vector<uint64_t>{192, 1000, 2, 2}));
+  EXPECT_EQ(std::vector<uint64_t>(k.strides, k.strides + 3),
+            (std::vector<uint64_t>{2 * 192 * 2, 192 * 2, 1000 * 2 * 192 * 2}));
+  EXPECT_EQ(k.box[0], 64u) << "a page of the shared tile";
+  EXPECT_EQ(k.box[1], static_cast<uint64_t>(row.Bc));
+  EXPECT_EQ(words_of(params.q_map).box[1], static_cast<uint64_t>(row.Br));
+  EXPECT_EQ(words_of(params.o_map).box[1], 16u) << "what one warp writes";
+  EXPECT_EQ(params.order.grid, 64);
+}
+
+TEST_F(LaunchTest, HopperWithoutKeysGetsMapsOfMemoryThatIsThere) {
+  const Row& row = hopper_row(96, 96);
+  fake_cuda::state().params_bytes = sizeof(sm90::ForwardParams);
+  Problem p = problem_of(row, 0);
+  p.seqlen_k = 0;
+  p.q = p.o = {reinterpret_cast<void*>(0x1000), 1000 * 4 * 96, 4 * 96, 96};
+  ship(row, {"90a"}, "hopper");
+  launch(plan_of(row, 0), p, nullptr, nullptr);
+  sm90::ForwardParams params;
+  std::memcpy(static_cast<void*>(&params), launches()[0].params.data(), sizeof params);
+  EXPECT_EQ(words_of(params.k_map).address, 0x1000u);
+  EXPECT_EQ(words_of(params.k_map).sizes[1], 1u);
+  EXPECT_EQ(words_of(params.k_map).box[0], 32u)
+      << "pages of 32 columns where d is no multiple of 64";
 }
 
 TEST_F(LaunchTest, TheBackwardRunsTheEntriesOfItsRowInOrder) {
@@ -341,7 +402,7 @@ TEST_F(LaunchTest, DescribesGpusAndPlansForOthers) {
 
 TEST_F(LaunchTest, RowsOfAnotherGenerationAreCompiledForTheGpuThatIsHere) {
   for (const Row& row : rows())
-    if (!row.in_image("90")) {
+    if (!row.in_image("90") && !row.in_image("90a")) {
       EXPECT_EQ(native_target(row, 90), Target{"90"});
     }
   EXPECT_EQ(native_target(next_row(), 90), Target{"90"});

@@ -1,0 +1,62 @@
+#include "core/hopper_params.h"
+
+#include <algorithm>
+
+#include "core/kernel_params.h"
+#include "core/tensor_maps.h"
+
+namespace anyflash {
+namespace {
+
+constexpr int warp_rows = 16; // of O, that one store writes
+
+int32_t int32_of(int64_t value) { return static_cast<int32_t>(value); }
+
+} // namespace
+
+sm90::TileOrder make_tile_order(int64_t blocks, int64_t heads, int64_t grid, bool by_size,
+                                int64_t sorted_tiles) {
+  const int64_t first = by_size ? blocks * heads - sorted_tiles : 0;
+  const int64_t first_heads = first > 0 ? first / blocks / 2 * 2 : 0;
+  const int64_t couples = first_heads / 2 * blocks;
+  sm90::TileOrder order{};
+  order.blocks = make_divisor(blocks);
+  order.last_heads = make_divisor(heads - first_heads);
+  order.grid = int32_of(grid);
+  order.first_heads = int32_of(first_heads);
+  order.couples = int32_of(couples);
+  order.rounds = int32_of(couples / grid);
+  order.rest = int32_of(couples % grid);
+  order.tiles = int32_of((heads - first_heads) * blocks);
+  order.by_size = by_size;
+  return order;
+}
+
+sm90::ForwardParams hopper_forward_params(const Problem& problem, const Row& row, uint32_t grid) {
+  sm90::ForwardParams p{};
+  static_cast<ForwardParams&>(p) = forward_params(problem, row);
+  const bool by_size =
+      problem.mask.right != Mask::unbounded && problem.mask.left == Mask::unbounded;
+  // Enough tiles to even out the others, few enough for their keys and values to stay in the cache.
+  constexpr int64_t cache_bytes = int64_t{24} << 20;
+  const int64_t tile_bytes = int64_t{row.Br} * (row.d + row.dv) * size_of(problem.dtype);
+  const int64_t sorted =
+      std::clamp<int64_t>(cache_bytes / tile_bytes, 2 * int64_t{grid}, 8 * int64_t{grid});
+  p.order = make_tile_order(p.query_blocks, problem.batch * problem.heads, grid, by_size, sorted);
+  const int width = box_columns(row.d), width_v = box_columns(row.dv);
+  const int width_o = box_columns(row.dv / row.constant("o_parts", 1));
+  const DType dtype = problem.dtype;
+  const auto keys = [&](const View& view, const View& instead, int64_t d, int columns) {
+    const Extents extents = key_extents(problem, d);
+    return extents.rows > 0 ? tensor_map(view, extents, dtype, columns, row.Bc)
+                            : tensor_map(instead, {1, 1, 1, d}, dtype, columns, row.Bc);
+  };
+  p.q_map = tensor_map(problem.q, query_extents(problem, problem.d), dtype, width, row.Br);
+  // Without keys the kernel still loads a block, of which its mask leaves nothing.
+  p.k_map = keys(problem.k, problem.q, problem.d, width);
+  p.v_map = keys(problem.v, problem.o, problem.dv, width_v);
+  p.o_map = tensor_map(problem.o, query_extents(problem, problem.dv), dtype, width_o, warp_rows);
+  return p;
+}
+
+} // namespace anyflash

@@ -1,0 +1,376 @@
+// O = softmax(Q K^T) V for Hopper: one warpgroup copies, the others multiply. Schedule, budgets and
+// experiments: docs/kernels/sm90_forward.md.
+#pragma once
+
+#include "cuda/attn/mask.h"
+#include "cuda/attn/score.h"
+#include "cuda/ptx/stmatrix.h"
+#include "cuda/sm90/forward_producer.h"
+#include "cuda/sm90/softmax.h"
+#include "cuda/tile/tile_store.h"
+
+namespace anyflash::sm90 {
+
+/// Barriers by name; 0 is the block's. Each consumer has its turn to multiply, and a meeting of its
+/// own four warps.
+constexpr int turn_barrier = 1;
+constexpr int meeting_barrier = 8;
+
+/// The 64 queries of a consumer: fragments, or the place in shared memory.
+template <class Row>
+struct Queries {
+  using F = Forward<Row>;
+  using Tile = typename F::QTile;
+  static constexpr int steps = Row::d / 16;
+
+  uint64_t descriptor;
+  uint32_t fragments[Row::q_in_registers ? 4 * steps : 1];
+
+  DEVICE void find(uint32_t tile, int first_row) {
+    descriptor = MatrixDescriptor<Tile>::k_major(tile, first_row);
+    if constexpr (Row::q_in_registers) {
+      const auto reader = FragmentReader<Tile>::rows_first(tile, first_row + warp_index() % 4 * 16);
+      UNROLL
+      for (int k = 0; k < steps; ++k) {
+        uint32_t a[4];
+        reader.read(a, 0, k);
+        UNROLL
+        for (int e = 0; e < 4; ++e) fragments[4 * k + e] = a[e];
+      }
+    }
+  }
+
+  /// Starts S = Q K^T.
+  DEVICE void multiply(typename F::Scores& s, uint32_t keys) {
+    using Keys = MatrixDescriptor<typename F::KTile>;
+    const uint64_t b = Keys::k_major(keys);
+    keep(s.x);
+    keep(fragments);
+    wgmma_fence();
+    UNROLL
+    for (int k = 0; k < steps; ++k) {
+      if constexpr (Row::q_in_registers)
+        wgmma<typename Row::T, Major::k>(s.x, &fragments[4 * k], b + Keys::at_columns(k), k != 0);
+      else
+        wgmma<typename Row::T, Major::k, Major::k>(
+            s.x, descriptor + MatrixDescriptor<Tile>::at_columns(k), b + Keys::at_columns(k),
+            k != 0);
+    }
+    wgmma_commit();
+    keep(s.x);
+    keep(fragments);
+  }
+};
+
+/// Starts O += P V.
+template <class Row>
+DEVICE void multiply_values(typename Forward<Row>::Output& o,
+                            typename Forward<Row>::Probabilities& p, uint32_t values) {
+  using Values = MatrixDescriptor<typename Forward<Row>::VTile>;
+  const uint64_t b = Values::mn_major(values);
+  keep(o.x);
+  keep(p.a);
+  wgmma_fence();
+  UNROLL
+  for (int k = 0; k < Row::Bc / 16; ++k)
+    wgmma<typename Row::T, Major::mn>(o.x, &p.a[4 * k], b + Values::at_rows(k), true);
+  wgmma_commit();
+  keep(o.x);
+  keep(p.a);
+}
+
+/// A warpgroup that owns 64 rows of every tile: S of block j is multiplied while O of block j + 1
+/// still is, and its softmax runs under that product and under the other warpgroups' products.
+template <class Row>
+class ForwardConsumer {
+  using F = Forward<Row>;
+  using T = typename Row::T;
+
+public:
+  DEVICE ForwardConsumer(const ForwardParams& p, uint32_t shared, int index)
+      : p_(p), shared_(shared), barriers_{shared + F::shared.barriers}, index_(index), slope_(0) {}
+
+  /// The end is a tile like the others, whose S nobody looks at: so no branch stands between a
+  /// product and its end.
+  DEVICE void run() {
+    if (index_ == 0) named_barrier_arrive(turn_barrier, 2 * warpgroup_size); // has the first turn
+    typename F::Scores s;
+    Queries<Row> q;
+    QueryTile next;
+    start(next, q, s);
+    ROLLED
+    while (next.sequence >= 0) {
+      tile_ = next;
+      if constexpr (Row::general) slope_ = alibi_slope(p_, tile_.sequence, tile_.head);
+      typename F::Output o;
+      o.clear();
+      softmax_.clear();
+      const Place<Row::stages> last = attend(q, s, o);
+      if constexpr (F::start == F::before_o) {
+        start(next, q, s);
+        wgmma_wait<1>();
+      } else {
+        wgmma_wait<0>();
+      }
+      keep(o.x);
+      release(barriers_.v_empty(last.stage));
+      finish(o);
+      if constexpr (F::start == F::before_store) start(next, q, s);
+      store(o);
+      if constexpr (F::start == F::after_store) start(next, q, s);
+    }
+    wgmma_wait<0>();
+    if (lane_index() == 0) bulk_wait_read<0>(); // shared memory must stay until O has left
+  }
+
+private:
+  DEVICE void next_tile(QueryTile& tile) {
+    mbarrier_wait(barriers_.tile_full(), tile_parity_);
+    tile_parity_ ^= 1;
+    const uint4 a = ld_shared_16(barriers_.tile()), b = ld_shared_16(barriers_.tile() + 16);
+    __syncwarp();
+    if (lane_index() == 0) mbarrier_arrive(barriers_.tile_empty());
+    tile = {int(a.x), int(a.y), int(a.z), int(a.w), int(b.x), int(b.y), int(b.z), int(b.w)};
+  }
+
+  /// What this warpgroup's rows of a tile see. All warpgroups go through the same stages, but the
+  /// first of them may hold nothing for this one.
+  struct Share {
+    KeyBlocks own;
+    int begin, last; // blocks
+    int skipped;     // stages
+  };
+
+  DEVICE Share share_of(const QueryTile& tile) const {
+    const KeyBlocks all = tile.keys<Row>(p_);
+    const KeyBlocks own = key_blocks(tile.first_query + 64 * index_, 64, Row::Bc, tile.seqlen_q,
+                                     tile.seqlen_k, p_.window_left, p_.window_right);
+    const int first = max(min(own.end, all.end), all.begin + 1); // past the last that it sees
+    // NOTE: at most all stages but the one whose product may be under way: that one is given back
+    // only later.
+    const int skipped = tile.sequence < 0 ? 0 : min(all.end - first, Row::stages - 1);
+    return {own, all.begin, all.end - 1 - skipped, skipped};
+  }
+
+  /// Starts S of the last block of the next tile.
+  DEVICE void start(QueryTile& next, Queries<Row>& q, typename F::Scores& s) {
+    next_tile(next);
+    share_ = share_of(next);
+    ROLLED
+    for (int i = 0; i < share_.skipped; ++i) {
+      mbarrier_wait(barriers_.k_full(ring_.stage), ring_.parity);
+      release(barriers_.k_empty(ring_.stage));
+      mbarrier_wait(barriers_.v_full(ring_.stage), ring_.parity);
+      release(barriers_.v_empty(ring_.stage));
+      ring_.next();
+    }
+    mbarrier_wait(barriers_.q_full(q_ring_.stage), q_ring_.parity);
+    q.find(shared_ + F::shared.q + q_ring_.stage * F::QTile::bytes, 64 * index_);
+    if constexpr (Row::q_in_registers) release_queries();
+    mbarrier_wait(barriers_.k_full(ring_.stage), ring_.parity);
+    q.multiply(s, keys(ring_.stage));
+  }
+
+  /// Everything but the end of the last product O += P V: that one's place in the ring.
+  DEVICE Place<Row::stages> attend(Queries<Row>& q, typename F::Scores& s, typename F::Output& o) {
+    typename F::Probabilities p;
+    ROLLED
+    for (int i = 0; i < share_.skipped; ++i) { // turns that it does not need
+      take_turn();
+      pass_turn();
+    }
+    first_scores(s, p, share_.last);
+    ROLLED
+    for (int j = share_.last - 1; j >= share_.begin; --j)
+      step(q, s, p, o, j, share_.own.on_edge(j));
+    if constexpr (!Row::q_in_registers) release_queries();
+    const Place<Row::stages> last = ring_;
+    ring_.next();
+    mbarrier_wait(barriers_.v_full(last.stage), last.parity);
+    multiply_values<Row>(o, p, values(last.stage));
+    return last;
+  }
+
+  /// P of the last block.
+  DEVICE void first_scores(typename F::Scores& s, typename F::Probabilities& p, int j) {
+    float alpha[2];
+    const bool foreign = p_.cu_seqlens_k || tile_.seqlen_k == 0; // what lies behind the last key
+    if (foreign && (j + 1) * Row::Bc > tile_.seqlen_k) clear_values(j);
+    wgmma_wait<0>();
+    keep(s.x);
+    release(barriers_.k_empty(ring_.stage));
+    change_scores(s, j, share_.own.on_edge(j));
+    softmax_.exponentiate<true>(s, p_.factor, alpha);
+    p.round(s);
+  }
+
+  /// O += P V of block j + 1, and P of block j.
+  DEVICE void step(Queries<Row>& q, typename F::Scores& s, typename F::Probabilities& p,
+                   typename F::Output& o, int j, bool on_edge) {
+    float alpha[2];
+    const Place<Row::stages> before = ring_;
+    ring_.next();
+    mbarrier_wait(barriers_.k_full(ring_.stage), ring_.parity);
+    take_turn();
+    q.multiply(s, keys(ring_.stage));
+    mbarrier_wait(barriers_.v_full(before.stage), before.parity);
+    multiply_values<Row>(o, p, values(before.stage));
+    pass_turn();
+    wgmma_wait<1>();
+    keep(s.x);
+    release(barriers_.k_empty(ring_.stage));
+    change_scores(s, j, on_edge);
+    const bool moved = softmax_.exponentiate<false>(s, p_.factor, alpha);
+    wgmma_wait<0>();
+    keep(o.x);
+    keep(p.a);
+    release(barriers_.v_empty(before.stage));
+    p.round(s); // not earlier: the tensor cores read p until here
+    if (moved) {
+      UNROLL
+      for (int r = 0; r < 2; ++r) {
+        UNROLL
+        for (int c = 0; c < F::Output::columns; ++c) o(r, c) *= alpha[r];
+      }
+    }
+  }
+
+  /// Softcap, ALiBi, mask.
+  DEVICE void change_scores(typename F::Scores& s, int j, bool on_edge) {
+    const int query = first_query(), key = j * Row::Bc;
+    if constexpr (Row::general) {
+      apply_softcap(s, p_);
+      apply_alibi(s, tile_, slope_, query, key);
+    }
+    if (on_edge) mask<true>(s, p_, tile_, query, key);
+  }
+
+  /// Rows of V past the end of a packed sequence are another's, or nobody's; their P is 0, but 0
+  /// times NaN is not. Every warpgroup writes the same zeros.
+  DEVICE void clear_values(int j) {
+    using Tile = typename F::VTile;
+    mbarrier_wait(barriers_.v_full(ring_.stage), ring_.parity);
+    const int first = tile_.seqlen_k - j * Row::Bc;
+    constexpr int chunks = Row::dv / 8; // of 16 bytes, a row
+    ROLLED
+    for (int i = first * chunks + threadIdx.x % warpgroup_size; i < Row::Bc * chunks;
+         i += warpgroup_size)
+      st_shared(values(ring_.stage) + Tile::at_chunk(i / chunks, i % chunks), uint4{0, 0, 0, 0});
+    fence_async_shared();
+    named_barrier_sync(meeting_barrier + index_, warpgroup_size);
+  }
+
+  /// O /= l, and L = ln(2^m l) to global memory. Rows without a key, and those past the used
+  /// length, get O = 0, L = -inf.
+  DEVICE void finish(typename F::Output& o) {
+    const int query = first_query();
+    UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const int row = query + F::Output::row(r);
+      const float l = row_sum(softmax_.l[r]);
+      const bool empty = !(l > 0) || row >= tile_.seqlen_q;
+      const float inverse = 1 / l;
+      UNROLL
+      for (int c = 0; c < F::Output::columns; ++c) o(r, c) = empty ? 0 : o(r, c) * inverse;
+      if (p_.lse && lane_index() % 4 == 0 && row < tile_.rows)
+        p_.lse[tile_.sequence * p_.lse_batch + tile_.head * p_.lse_head + tile_.first_q + row] =
+            empty ? -infinity() : (softmax_.m[r] + __log2f(l)) * ln_2;
+    }
+  }
+
+  DEVICE void store(const typename F::Output& o) {
+    UNROLL
+    for (int part = 0; part < Row::o_parts; ++part) store_part(o, part);
+  }
+
+  /// Writes the 16 rows of this warp through its own rows of the shared tile: by the copy engine,
+  /// or row by row where those past the end belong to another sequence.
+  DEVICE void store_part(const typename F::Output& o, int part) {
+    using Tile = typename F::OTile;
+    const int row = 64 * index_ + warp_index() % 4 * 16, query = tile_.first_query + row;
+    const int first_column = part * Tile::columns;
+    const uint32_t strip = shared_ + F::shared.o + row * Tile::row_bytes;
+    if (lane_index() == 0) bulk_wait_read<0>(); // what was there has left
+    __syncwarp();
+    const uint32_t address = strip + Tile::offset(lane_index() % 16, lane_index() / 16);
+    UNROLL
+    for (int j = 0; j < Tile::columns / 16; ++j) {
+      const float* const x = &o.x[first_column / 2 + 8 * j];
+      stmatrix_x4(Tile::at_step(address, j), pack<T>(x[0], x[1]), pack<T>(x[2], x[3]),
+                  pack<T>(x[4], x[5]), pack<T>(x[6], x[7]));
+    }
+    if (p_.cu_seqlens_q && query + 16 > tile_.rows) {
+      __syncwarp();
+      uint16_t* const to = static_cast<uint16_t*>(p_.o) + first_column +
+                           (tile_.first_q + int64_t{query}) * p_.o_strides.row +
+                           tile_.head * p_.o_strides.head;
+      copy_rows<Tile, 16, warp_size, false>(strip, lane_index(), to, p_.o_strides.row,
+                                            tile_.rows - query, p_.dv - first_column, true);
+      __syncwarp();
+    } else {
+      fence_async_shared();
+      __syncwarp();
+      if (lane_index() == 0) {
+        UNROLL
+        for (int page = 0; page < Tile::pages; ++page)
+          tma_store(&p_.o_map, strip + page * Tile::page_bytes,
+                    first_column + page * Tile::page_columns, tile_.first_q + query, tile_.head,
+                    p_.cu_seqlens_q ? 0 : tile_.sequence);
+        bulk_commit();
+      }
+    }
+  }
+
+  DEVICE int first_query() const { return tile_.first_query + 64 * index_ + warp_index() % 4 * 16; }
+  DEVICE uint32_t keys(int stage) const { return shared_ + F::shared.k + stage * F::KTile::bytes; }
+  DEVICE uint32_t values(int stage) const { return shared_ + stage * F::VTile::bytes; }
+
+  /// Warpgroups start their products one after the other, so that one has its softmax while the
+  /// others multiply.
+  DEVICE void take_turn() const { named_barrier_sync(turn_barrier + index_, 2 * warpgroup_size); }
+  DEVICE void pass_turn() const {
+    named_barrier_arrive(turn_barrier + (index_ + 1) % F::consumers, 2 * warpgroup_size);
+  }
+
+  /// One arrival of this warpgroup: products complete for all of it at once.
+  DEVICE void release(uint32_t barrier) const {
+    if (threadIdx.x % warpgroup_size == 0) mbarrier_arrive(barrier);
+  }
+  DEVICE void release_queries() {
+    __syncwarp();
+    if (lane_index() == 0) mbarrier_arrive(barriers_.q_empty(q_ring_.stage));
+    q_ring_.next();
+  }
+
+  const ForwardParams& p_;
+  uint32_t shared_;
+  ForwardBarriers<Row> barriers_;
+  int index_; // of the consumers
+  float slope_;
+  QueryTile tile_;
+  OnlineSoftmax softmax_;
+  Share share_;
+  Place<Row::stages> ring_;
+  Place<Row::q_stages> q_ring_;
+  uint32_t tile_parity_ = 0;
+};
+
+/// FlashAttention-3: thread blocks that stay, each a producer and two or three consumers.
+template <class Row>
+DEVICE void forward(const ForwardParams& p) {
+  using F = Forward<Row>;
+  extern __shared__ __align__(1024) char shared_memory[];
+  const uint32_t shared = shared_address(shared_memory);
+  if (threadIdx.x == 0) ForwardBarriers<Row>{shared + F::shared.barriers}.init();
+  __syncthreads();
+  const int role = warpgroup_index();
+  if (role == 0) {
+    fewer_registers<F::producer_registers>();
+    if (threadIdx.x < warp_size) ForwardProducer<Row>(p, shared).run();
+  } else {
+    more_registers<F::consumer_registers>();
+    ForwardConsumer<Row>(p, shared, role - 1).run();
+  }
+}
+
+} // namespace anyflash::sm90

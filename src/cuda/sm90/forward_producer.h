@@ -1,0 +1,163 @@
+// The warp that finds tiles and starts copies: Q once a tile, K and V through their stages.
+#pragma once
+
+#include "cuda/attn/key_blocks.h"
+#include "cuda/ptx/copy.h"
+#include "cuda/ptx/tma.h"
+#include "cuda/sm90/forward_layout.h"
+
+namespace anyflash::sm90 {
+
+template <class Row>
+class ForwardProducer {
+  using F = Forward<Row>;
+  using Barriers = ForwardBarriers<Row>;
+
+public:
+  DEVICE ForwardProducer(const ForwardParams& p, uint32_t shared)
+      : p_(p), shared_(shared), barriers_{shared + F::shared.barriers} {}
+
+  /// By one warp: every tile of this thread block, then the word that there are no more.
+  DEVICE void run() {
+    if (lane_index() == 0) {
+      prefetch_tensor_map(&p_.q_map);
+      prefetch_tensor_map(&p_.k_map);
+      prefetch_tensor_map(&p_.v_map);
+    }
+    QueryTile tile = next_tile();
+    ROLLED
+    while (tile.sequence >= 0) {
+      hand_over(tile);
+      tile = load(tile);
+    }
+    hand_over(tile);
+    pretend();
+  }
+
+private:
+  DEVICE QueryTile next_tile() {
+    if (p_.cu_seqlens_q) turn_ = skip_gaps(turn_);
+    Tile next = p_.order.tile(blockIdx.x, turn_++);
+    ROLLED
+    while (next.state == Tile::nothing) next = p_.order.tile(blockIdx.x, turn_++);
+    QueryTile tile;
+    find(tile, next);
+    if (next.state == Tile::end) tile.sequence = -1;
+    return tile;
+  }
+
+  /// The first turn from this one on with work, or the end: sequences shorter than the longest of
+  /// the batch leave long gaps, so every lane looks at one turn.
+  DEVICE int skip_gaps(int turn) const {
+    ROLLED
+    for (;; turn += warp_size) {
+      const Tile tile = p_.order.tile(blockIdx.x, turn + lane_index());
+      QueryTile ignored;
+      const bool stop =
+          tile.state == Tile::end || (tile.state == Tile::work && find(ignored, tile));
+      const uint32_t stops = __ballot_sync(0xffffffff, stop);
+      if (stops) return turn + __ffs(stops) - 1;
+    }
+  }
+
+  /// False for a tile past the end of its sequence.
+  DEVICE bool find(QueryTile& tile, const Tile& next) const {
+    tile.sequence = divide(next.head, p_.heads);
+    tile.head = next.head - tile.sequence * p_.heads.divisor;
+    tile.first_query = next.block * Row::Br;
+    tile.first_q = tile.first_k = 0;
+    tile.rows = p_.seqlen_q;
+    tile.seqlen_k = p_.seqlen_k;
+    if (p_.cu_seqlens_q) {
+      tile.first_q = p_.cu_seqlens_q[tile.sequence];
+      tile.first_k = p_.cu_seqlens_k[tile.sequence];
+      tile.rows = p_.cu_seqlens_q[tile.sequence + 1] - tile.first_q;
+      tile.seqlen_k = p_.cu_seqlens_k[tile.sequence + 1] - tile.first_k;
+    }
+    tile.seqlen_q = p_.seqused_q ? min(tile.rows, p_.seqused_q[tile.sequence]) : tile.rows;
+    if (p_.seqused_k) tile.seqlen_k = min(tile.seqlen_k, p_.seqused_k[tile.sequence]);
+    return tile.first_query < tile.rows;
+  }
+
+  DEVICE void hand_over(const QueryTile& tile) {
+    mbarrier_wait(barriers_.tile_empty(), tile_parity_ ^ 1);
+    if (lane_index() == 0) {
+      st_shared(barriers_.tile(), uint4{uint32_t(tile.sequence), uint32_t(tile.head),
+                                        uint32_t(tile.first_query), uint32_t(tile.rows)});
+      st_shared(barriers_.tile() + 16, uint4{uint32_t(tile.seqlen_q), uint32_t(tile.seqlen_k),
+                                             uint32_t(tile.first_q), uint32_t(tile.first_k)});
+      mbarrier_arrive(barriers_.tile_full());
+    }
+    tile_parity_ ^= 1;
+  }
+
+  /// Starts the copies of a tile as stages become free; returns the next tile, which is found while
+  /// the first copies are on their way.
+  DEVICE QueryTile load(const QueryTile& tile) {
+    const KeyBlocks blocks = tile.keys<Row>(p_);
+    const int head_k = divide(tile.head, p_.group);
+    const int batch = p_.cu_seqlens_q ? 0 : tile.sequence;
+    QueryTile next;
+    ROLLED
+    for (int j = blocks.end - 1; j >= blocks.begin; --j) {
+      const int key = tile.first_k + j * Row::Bc;
+      load_stage<typename F::KTile>(F::shared.k, p_.k_map, barriers_.k_full(ring_.stage),
+                                    barriers_.k_empty(ring_.stage), key, head_k, batch);
+      if (j == blocks.end - 1) {
+        load_queries(tile, batch);
+        next = next_tile();
+      }
+      load_stage<typename F::VTile>(0, p_.v_map, barriers_.v_full(ring_.stage),
+                                    barriers_.v_empty(ring_.stage), key, head_k, batch);
+      ring_.next();
+    }
+    return next;
+  }
+
+  /// Consumers start a product for the end too: on whatever is there.
+  DEVICE void pretend() {
+    mbarrier_wait(barriers_.k_empty(ring_.stage), ring_.parity ^ 1);
+    mbarrier_wait(barriers_.q_empty(q_ring_.stage), q_ring_.parity ^ 1);
+    if (lane_index() == 0) {
+      mbarrier_arrive(barriers_.k_full(ring_.stage));
+      mbarrier_arrive(barriers_.q_full(q_ring_.stage));
+    }
+  }
+
+  DEVICE void load_queries(const QueryTile& tile, int batch) {
+    mbarrier_wait(barriers_.q_empty(q_ring_.stage), q_ring_.parity ^ 1);
+    load_tile<typename F::QTile>(shared_ + F::shared.q + q_ring_.stage * F::QTile::bytes, p_.q_map,
+                                 barriers_.q_full(q_ring_.stage), tile.first_q + tile.first_query,
+                                 tile.head, batch);
+    q_ring_.next();
+  }
+
+  template <class Tile>
+  DEVICE void load_stage(int begin, const TensorMap& map, uint32_t full, uint32_t empty, int row,
+                         int head, int batch) {
+    mbarrier_wait(empty, ring_.parity ^ 1);
+    load_tile<Tile>(shared_ + begin + ring_.stage * Tile::bytes, map, full, row, head, batch);
+  }
+
+  /// One box a page; rows and columns outside of the tensor become zeros.
+  template <class Tile>
+  DEVICE void load_tile(uint32_t target, const TensorMap& map, uint32_t full, int row, int head,
+                        int batch) {
+    if (lane_index() != 0) return;
+    mbarrier_arrive_expect(full, Tile::bytes);
+    UNROLL
+    for (int page = 0; page < Tile::pages; ++page)
+      tma_load(target + page * Tile::page_bytes, &map, full, page * Tile::page_columns, row, head,
+               batch);
+  }
+
+  const ForwardParams& p_;
+  uint32_t shared_;
+  Barriers barriers_;
+  Place<Row::stages> ring_;
+  Place<Row::q_stages> q_ring_;
+  uint32_t tile_parity_ = 0;
+  int turn_ = 0;
+};
+
+} // namespace anyflash::sm90

@@ -1,0 +1,73 @@
+// The online softmax of a warpgroup's rows. FlashAttention-2, Algorithm 1: the updates of m and l.
+#pragma once
+
+#include "cuda/ptx/math.h"
+#include "cuda/tile/fragment.h"
+
+namespace anyflash::sm90 {
+
+/// The state of the two rows that this thread holds, for scores that are `factor` away from log2
+/// units. m: reference exponent in log2 units, at most `headroom` below the true maximum; l: sum of
+/// P over this thread's columns, added up over the row's four threads at the end.
+struct OnlineSoftmax {
+  /// m follows the true maximum only when it has moved by more than this, so that O is rescaled
+  /// rarely; P <= 2^headroom cancels in O / l and in L = m + log2(l).
+  static constexpr float headroom = 8;
+  /// Below every score but finite, so that exp2(-inf - m) is 0 and nothing is ever inf - inf.
+  static constexpr float no_key = -1e38f;
+  static constexpr int chains = 4; // independent maxima and sums a row, for latency
+
+  float m[2], l[2];
+
+  DEVICE void clear() { m[0] = m[1] = no_key, l[0] = l[1] = 0; }
+
+  /// S becomes P = exp2(factor S - m), after m has moved if it must. True if O must be multiplied
+  /// by alpha. Masked scores are -inf. first: no key was seen before.
+  template <bool first, class Scores>
+  DEVICE bool exponentiate(Scores& s, float factor, float (&alpha)[2]) {
+    float maximum[2];
+    row_maxima(s, factor, maximum);
+    const bool moved = first || __any_sync(0xffffffff, maximum[0] > m[0] + headroom ||
+                                                           maximum[1] > m[1] + headroom);
+    if (moved) {
+      UNROLL
+      for (int r = 0; r < 2; ++r) {
+        const float new_m = fmaxf(m[r], maximum[r]);
+        alpha[r] = first ? 1 : exp2_approx(m[r] - new_m);
+        l[r] *= alpha[r];
+        m[r] = new_m;
+      }
+    }
+    float sums[2][chains] = {};
+    UNROLL
+    for (int c = 0; c < Scores::columns; ++c) {
+      UNROLL
+      for (int r = 0; r < 2; ++r) {
+        s(r, c) = exp2_approx(fmaf(s(r, c), factor, -m[r]));
+        sums[r][c % chains] += s(r, c);
+      }
+    }
+    UNROLL
+    for (int r = 0; r < 2; ++r) l[r] += (sums[r][0] + sums[r][1]) + (sums[r][2] + sums[r][3]);
+    return moved;
+  }
+
+private:
+  template <class Scores>
+  DEVICE static void row_maxima(const Scores& s, float factor, float (&maximum)[2]) {
+    float partial[2][chains];
+    UNROLL
+    for (int c = 0; c < Scores::columns; ++c) {
+      UNROLL
+      for (int r = 0; r < 2; ++r)
+        partial[r][c % chains] = c < chains ? s(r, c) : fmaxf(partial[r][c % chains], s(r, c));
+    }
+    UNROLL
+    for (int r = 0; r < 2; ++r)
+      maximum[r] =
+          row_max(fmaxf(fmaxf(partial[r][0], partial[r][1]), fmaxf(partial[r][2], partial[r][3]))) *
+          factor;
+  }
+};
+
+} // namespace anyflash::sm90
