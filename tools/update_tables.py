@@ -6,6 +6,7 @@ usage: python tools/update_tables.py [--check]
 A table stands between <!-- table:NAME --> and <!-- /table:NAME -->:
   gpu, options  from tests/device/record.json, which tools/gpu_check.py writes: native images
   gpu-images, options-images   the same of the other images
+  gpu-cudnn     the native images beside cuDNN
   cpu, cpu-backward   from bench/cpu_forward.json and bench/cpu_backward.json, which the
                 benchmarks of these names write
   train         from docs/train_gpt_*.json, which examples/train_gpt.py writes
@@ -37,22 +38,25 @@ IMAGES = {
 Cell = dict[str, Any]
 
 
-def gpu_table(root: Path, native: bool = True) -> str:
-    """Speed over the grid, by image: ours, and how many times that of FlashAttention-2."""
+PEERS = {"fa2": "torch's FlashAttention-2", "cudnn": "cuDNN through torch"}
+
+
+def gpu_table(root: Path, native: bool = True, peer: str = "fa2") -> str:
+    """Speed over the grid, by image: ours, and how many times that of a peer."""
     parts = []
     for section in sections(root, native):
         cells = [
-            cell for cell in section.get("bench", []) if is_plain(cell) and "fa2" in cell["peers"]
+            cell for cell in section.get("bench", []) if is_plain(cell) and peer in cell["peers"]
         ]
         if not cells:
             continue
-        ratios = [cell["ours"] / cell["peers"]["fa2"] for cell in cells]
+        ratios = [cell["ours"] / cell["peers"][peer] for cell in cells]
         image = IMAGES.get(section["image"], f"image {section['image']}")
         parts.append(
             f"{section['gpu']}, {image}, driver {section['driver']}, {section['date']}: forward, "
-            f"{cells[0]['dtype']}, {cells[0]['unit']} (in brackets: times the speed of torch's "
-            f"FlashAttention-2 in the same run; geometric mean {geometric_mean(ratios):.2f})\n\n"
-            + grid(cells, lambda c: c["ours"], lambda c: c["ours"] / c["peers"]["fa2"])
+            f"{cells[0]['dtype']}, {cells[0]['unit']} (in brackets: times the speed of "
+            f"{PEERS[peer]} in the same run; geometric mean {geometric_mean(ratios):.2f})\n\n"
+            + grid(cells, lambda c: c["ours"], lambda c: c["ours"] / c["peers"][peer])
         )
     return "\n\n".join(parts) or NOT_YET
 
@@ -173,6 +177,7 @@ IMAGE_TABLES: Tables = {
 PAGES: dict[str, Tables] = {
     "README.md": TABLES,
     "docs/kernels/sm80_forward.md": IMAGE_TABLES,
+    "docs/kernels/sm90_forward.md": {"gpu-cudnn": partial(gpu_table, peer="cudnn")},
     "docs/transformers.md": {"agreement": agreement_table},
 }
 

@@ -52,6 +52,13 @@ def test_nothing_measured(root):
     assert update_tables.updated(README, root) == text
 
 
+def test_gpu_grid_beside_cudnn(root):
+    record(root, {**CELL, "peers": {"fa2": 200.0, "cudnn": 150.2}}, image="sm_90a", family="sm90")
+    lines = update_tables.gpu_table(root, peer="cudnn").splitlines()
+    assert "image sm_90a" in lines[0] and "cuDNN" in lines[0]
+    assert "(2.00x)" in lines[-1]
+
+
 def test_gpu_grid(root):
     causal = {**CELL, "causal": True, "seqlen": 16384, "ours": 100.0, "peers": {"fa2": 125.0}}
     record(root, CELL, causal, {**CELL, "seqlen": 1000, "peers": {"fa2": 300.4}})
