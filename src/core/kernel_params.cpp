@@ -47,11 +47,17 @@ void set_score(AttentionParams& p, const Problem& problem) {
 }
 
 /// Key heads whose blocks run together in the backward. One at a time: blocks that run together
-/// read the same queries. Where they add to dQ in turns, as many as a large GPU runs blocks: those
-/// of one head would wait for each other.
+/// read the same queries. Where they add to dQ in turns, so many that few blocks of a head wait for
+/// each other, and so few that what they read and add to stays in half of a large GPU's L2. With a
+/// causal mask half of the blocks are short.
 int64_t key_section(const Problem& problem) {
-  constexpr int64_t blocks_at_a_time = 128;
-  return problem.deterministic ? std::min(problem.batch * problem.heads_k, blocks_at_a_time) : 1;
+  if (!problem.deterministic) return 1;
+  const int64_t half_cache = int64_t{32} << 20;
+  const int64_t head_bytes = // Q and dO in 16 bits, the sums of dQ in 32
+      std::max<int64_t>(1, problem.seqlen_q * (4 * problem.d + 2 * (problem.d + problem.dv)));
+  const int64_t full = std::clamp<int64_t>(half_cache / head_bytes, 16, 128);
+  const int64_t heads = problem.mask.right == 0 ? std::min<int64_t>(2 * full, 128) : full;
+  return std::min(problem.batch * problem.heads_k, heads);
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

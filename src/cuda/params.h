@@ -83,7 +83,7 @@ struct BackwardParams : AttentionParams {
   void* dq;          // [B, N, H, d]
   void* dk;          // [B, M, Hk, d]
   void* dv_out;      // [B, M, Hk, dv]
-  float* row_stats;  // workspace [rows, 2]: L in log2 units (+inf: no key), and delta - dlse
+  float* row_stats;  // workspace [rows, 2]: L in log2 units (+inf: no key), and dlse - delta
   float* dq_sum;     // workspace [rows, d of the row] f32, in the order of fragments
   int32_t* turns;    // workspace [row blocks]: deterministic dQ; null: free order
   Strides dout_strides, dq_strides, dk_strides, dv_strides;

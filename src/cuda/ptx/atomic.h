@@ -23,10 +23,9 @@ DEVICE void red_add_4(float* target, const float (&x)[4]) {
                : "memory");
 }
 
-/// What another block released; later reads of this thread see what it wrote before.
-DEVICE int load_acquire(const int32_t* flag) {
+DEVICE int load_relaxed(const int32_t* flag) {
   int value;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
   return value;
 }
 

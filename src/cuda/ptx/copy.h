@@ -33,6 +33,12 @@ DEVICE void st_shared(uint32_t address, const uint4& value) {
                : "memory");
 }
 
+DEVICE uint32_t ld_shared(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+
 DEVICE uint4 ld_shared_16(uint32_t address) {
   uint4 value;
   asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"

@@ -10,8 +10,9 @@ namespace anyflash::sm80 {
 
 /// What follows from a row of the table. Each of the products spreads the warps over its result:
 /// s_warps along the queries of S and dP, kv_warps along the keys of dK and dV, q_warps along the
-/// queries of dQ; the others along the columns. Columns of a head dim are dealt out in steps of 16,
-/// in turn: any head dim divides, and a warp's place costs one XOR.
+/// queries of dQ; the others along the columns. With `split`, one half of the warps makes S and the
+/// other dP, in tiles of twice the size: fewer operands leave shared memory. Columns of a head dim
+/// are dealt out in steps of 16, in turn: any head dim divides, and a warp's place costs one XOR.
 template <class Row>
 struct Backward {
   static constexpr bool general = Row::general;
@@ -24,7 +25,8 @@ struct Backward {
   using STile = SharedTile<Row::Br, Row::Bc>; // P, dS
 
   static constexpr int s_rows = Row::Br / Row::s_warps;
-  static constexpr int s_columns = Row::Bc * Row::s_warps / Row::warps;
+  static constexpr int score_warps = Row::warps / (Row::split ? 2 : 1); // warps that share S
+  static constexpr int s_columns = Row::Bc * Row::s_warps / score_warps;
   static constexpr int kv_rows = Row::Bc / Row::kv_warps;
   static constexpr int kv_parts = Row::warps / Row::kv_warps; // of the columns of dK and dV
   static constexpr int q_rows = Row::Br / Row::q_warps;
@@ -33,6 +35,7 @@ struct Backward {
   static_assert(s_rows % 16 == 0 && s_columns % 16 == 0 && kv_rows % 16 == 0 && q_rows % 16 == 0);
   static_assert(Row::d % (16 * kv_parts) == 0 && Row::dv % (16 * kv_parts) == 0);
   static_assert(Row::d % (16 * q_parts) == 0);
+  static_assert(!Row::split || Row::d == Row::dv); // one product serves as S and as dP
 
   using Scores = Accumulator<s_rows / 16, s_columns / 8>;
   using KeyGradient = Accumulator<kv_rows / 16, Row::d / kv_parts / 8>;
@@ -53,14 +56,17 @@ struct Backward {
 template <class Row>
 struct WarpParts {
   using F = Backward<Row>;
+  bool makes_dp; // with Row::split: dP and dS, not S and P
   int s_row, s_column;
   int kv_row, kv_part;
   int q_row, q_part;
 
   DEVICE WarpParts() {
     const int warp = warp_index();
-    s_row = warp % Row::s_warps * F::s_rows;
-    s_column = warp / Row::s_warps * F::s_columns;
+    const int score_warp = warp % F::score_warps;
+    makes_dp = warp >= F::score_warps;
+    s_row = score_warp % Row::s_warps * F::s_rows;
+    s_column = score_warp / Row::s_warps * F::s_columns;
     kv_row = warp % Row::kv_warps * F::kv_rows;
     kv_part = warp / Row::kv_warps;
     q_row = warp % Row::q_warps * F::q_rows;

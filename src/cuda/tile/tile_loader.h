@@ -53,6 +53,9 @@ public:
     }
   }
 
+  /// Moves to the matrix that begins so many elements later.
+  DEVICE void advance(int64_t elements) { matrix_ += elements; }
+
 private:
   static constexpr int rows_per_pass = threads / Tile::chunks;
   static constexpr int passes = Tile::rows / rows_per_pass;
