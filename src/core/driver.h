@@ -27,6 +27,20 @@ struct LaunchConfig {
 };
 static_assert(sizeof(LaunchConfig) == 56 && offsetof(LaunchConfig, stream) == 32);
 
+/// CUlaunchAttribute, whose value is a union of 64 bytes
+struct LaunchAttribute {
+  int id;
+  int padding;
+  union {
+    int value;
+    char bytes[64];
+  };
+};
+static_assert(sizeof(LaunchAttribute) == 72);
+
+/// CUlaunchAttributeID
+enum LaunchAttributeId { programmatic_stream_serialization = 6 };
+
 /// CUdevice_attribute
 enum DeviceAttribute {
   multiprocessor_count = 16,

@@ -19,6 +19,19 @@ uint64_t stride_bytes(int64_t stride, int64_t extent) {
 
 uint64_t extent_of(int64_t extent) { return static_cast<uint64_t>(extent); }
 
+sm90::TensorMap encode(DType dtype, const void* data, uint32_t rank, const uint64_t* sizes,
+                       const uint64_t* strides, const uint32_t* box, const uint32_t* steps) {
+  sm90::TensorMap map{};
+  const cuda::Driver& driver = cuda::driver();
+  driver.check(driver.TensorMapEncodeTiled(
+                   &map, dtype == DType::bfloat16 ? cuda::map_bfloat16 : cuda::map_float16, rank,
+                   const_cast<void*>(data), sizes, strides, box, steps, cuda::map_not_interleaved,
+                   box[0] == 64 ? cuda::map_swizzle_128_bytes : cuda::map_swizzle_64_bytes,
+                   cuda::map_l2_256_bytes, cuda::map_fill_zero),
+               "cuTensorMapEncodeTiled");
+  return map;
+}
+
 std::string why_not(const View& view, const Extents& extents) {
   if (view == View{}) return ""; // absent: only planning
   const std::array<std::array<int64_t, 2>, 3> dims = {
@@ -52,15 +65,25 @@ sm90::TensorMap tensor_map(const View& view, const Extents& extents, DType dtype
                               stride_bytes(view.batch, extents.batch)};
   const uint32_t box[] = {static_cast<uint32_t>(columns), static_cast<uint32_t>(box_rows), 1, 1};
   const uint32_t steps[] = {1, 1, 1, 1};
-  sm90::TensorMap map{};
-  const cuda::Driver& driver = cuda::driver();
-  driver.check(driver.TensorMapEncodeTiled(
-                   &map, dtype == DType::bfloat16 ? cuda::map_bfloat16 : cuda::map_float16, 4,
-                   view.data, sizes, strides, box, steps, cuda::map_not_interleaved,
-                   columns == 64 ? cuda::map_swizzle_128_bytes : cuda::map_swizzle_64_bytes,
-                   cuda::map_l2_256_bytes, cuda::map_fill_zero),
-               "cuTensorMapEncodeTiled");
-  return map;
+  return encode(dtype, view.data, 4, sizes, strides, box, steps);
+}
+
+sm90::TensorMap ragged_tensor_map(const View& view, const Extents& extents, DType dtype,
+                                  int columns, int box_rows) {
+  // What stands for the data of an empty tensor, whose pointer may be null; never read.
+  alignas(16) static constexpr char nothing[16] = {};
+  const bool empty = extents.d * extents.rows * extents.heads * extents.batch == 0;
+  const Extents e = empty ? Extents{1, 1, 1, extents.d} : extents;
+  const auto high = static_cast<uint32_t>(box_rows);
+  const uint64_t row = stride_bytes(view.row, e.rows);
+  const uint64_t sizes[] = {extent_of(e.d), high, extent_of(e.rows) + 1, extent_of(e.heads),
+                            extent_of(e.batch)};
+  const uint64_t strides[] = {row, row, stride_bytes(view.head, e.heads),
+                              stride_bytes(view.batch, e.batch)};
+  const uint32_t box[] = {static_cast<uint32_t>(columns), high, 1, 1, 1};
+  const uint32_t steps[] = {1, 1, 1, 1, 1};
+  const auto data = reinterpret_cast<uintptr_t>(empty ? nothing : view.data) - high * row;
+  return encode(dtype, reinterpret_cast<const void*>(data), 5, sizes, strides, box, steps);
 }
 
 std::string why_not_tensor_maps(const Problem& p) {
@@ -69,6 +92,7 @@ std::string why_not_tensor_maps(const Problem& p) {
   for (const auto& [view, extents] :
        {std::pair(p.q, q), std::pair(p.k, k), std::pair(p.v, k), std::pair(p.o, q)})
     if (std::string reason = why_not(view, extents); !reason.empty()) return reason;
+  if (p.op == ANYFLASH_BACKWARD) return why_not(p.dout, q);
   return "";
 }
 

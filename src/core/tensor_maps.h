@@ -24,6 +24,14 @@ constexpr int box_columns(int columns) { return columns % 64 == 0 ? 64 : 32; }
 sm90::TensorMap tensor_map(const View& view, const Extents& extents, DType dtype, int columns,
                            int box_rows);
 
+/// The same for boxes of which only the first `valid` rows count, and the others become zeros,
+/// whatever lies there: the rows of a packed sequence, or those in use. The rows are two dimensions
+/// with the same stride: a box begins at box_rows - valid of the first, past whose end there are
+/// zeros, and at row + valid of the second, which makes up for that and for a base that is box_rows
+/// rows too low.
+sm90::TensorMap ragged_tensor_map(const View& view, const Extents& extents, DType dtype,
+                                  int columns, int box_rows);
+
 /// Why the copy engine cannot address a tensor of this problem; empty if it can. Pure.
 std::string why_not_tensor_maps(const Problem& problem);
 

@@ -21,6 +21,16 @@ DEVICE void tma_load(uint32_t shared, const void* map, uint32_t barrier, int col
                : "memory");
 }
 
+/// Copies a box of a ragged map (core/tensor_maps.h): the rows before `row`, all of the box but
+/// `skip` of them, and zeros after these.
+DEVICE void tma_load_ragged(uint32_t shared, const void* map, uint32_t barrier, int column,
+                            int skip, int row, int head, int batch) {
+  asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+               "[%0], [%1, {%3,%4,%5,%6,%7}], [%2];" ::"r"(shared),
+               "l"(map), "r"(barrier), "r"(column), "r"(skip), "r"(row), "r"(head), "r"(batch)
+               : "memory");
+}
+
 /// Copies a box from shared memory; what is outside of the tensor is not written. Part of the group
 /// that bulk_commit closes.
 DEVICE void tma_store(const void* map, uint32_t shared, int column, int row, int head, int batch) {

@@ -47,6 +47,7 @@ struct Wgmma;
 #define ANYFLASH_D10(tens)                                                                         \
   "%" #tens "0,%" #tens "1,%" #tens "2,%" #tens "3,%" #tens "4,%" #tens "5,%" #tens "6,%" #tens    \
   "7,%" #tens "8,%" #tens "9"
+#define ANYFLASH_D16 ANYFLASH_D10() ",%10,%11,%12,%13,%14,%15"
 #define ANYFLASH_D30 ANYFLASH_D10() "," ANYFLASH_D10(1) "," ANYFLASH_D10(2)
 #define ANYFLASH_D32 ANYFLASH_D30 ",%30,%31"
 #define ANYFLASH_D40 ANYFLASH_D30 "," ANYFLASH_D10(3)
@@ -65,6 +66,7 @@ struct Wgmma;
 #define ANYFLASH_C8(i)                                                                             \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]),      \
       "+f"(d[i + 6]), "+f"(d[i + 7])
+#define ANYFLASH_C16 ANYFLASH_C8(0), ANYFLASH_C8(8)
 #define ANYFLASH_C32 ANYFLASH_C8(0), ANYFLASH_C8(8), ANYFLASH_C8(16), ANYFLASH_C8(24)
 #define ANYFLASH_C40 ANYFLASH_C32, ANYFLASH_C8(32)
 #define ANYFLASH_C48 ANYFLASH_C40, ANYFLASH_C8(40)
@@ -112,6 +114,7 @@ struct Wgmma;
     }                                                                                              \
   };
 
+ANYFLASH_WGMMA(32, 16, 16, 17, 18, 19, 20, 21, 22)
 ANYFLASH_WGMMA(64, 32, 32, 33, 34, 35, 36, 37, 38)
 ANYFLASH_WGMMA(80, 40, 40, 41, 42, 43, 44, 45, 46)
 ANYFLASH_WGMMA(96, 48, 48, 49, 50, 51, 52, 53, 54)

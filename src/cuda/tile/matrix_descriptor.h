@@ -19,9 +19,11 @@ struct MatrixDescriptor {
     return make(tile + first_row * Tile::row_bytes, 16);
   }
   /// Stored [k, m or n]: the product sums over rows; the operand takes columns from first_column
-  /// on, a multiple of the page's.
+  /// on, a multiple of the page's, or of 16 if it ends in the same page.
   DEVICE static uint64_t mn_major(uint32_t tile, int first_column = 0) {
-    return make(tile + first_column / Tile::page_columns * Tile::page_bytes, Tile::page_bytes);
+    return make(tile + first_column / Tile::page_columns * Tile::page_bytes +
+                    first_column % Tile::page_columns * 2,
+                Tile::page_bytes);
   }
 
   static constexpr DEVICE uint64_t at_columns(int step) { // for k_major
