@@ -1,4 +1,4 @@
-"""Backward speed on a GPU: ours and torch's FlashAttention-2 in one run, medians of CUDA events.
+"""Backward speed on a GPU: ours, torch's FlashAttention-2, on Hopper also cuDNN; medians of a run.
 
 usage: python bench/gpu_backward.py [--grid] [--options] [--out cells.jsonl] [--seconds S]
 
@@ -40,6 +40,19 @@ def peer(inputs: tuple[Any, ...], dout: Any, causal: bool) -> Run:
     return gradients(o, inputs, dout.transpose(1, 2))
 
 
+def cudnn(inputs: tuple[Any, ...], dout: Any, causal: bool) -> dict[str, Run]:
+    """{"cudnn": its backward through torch} where it takes tensors of this kind."""
+    heads_first = (x.transpose(1, 2) for x in inputs)
+    try:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            o = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=causal)
+        run = gradients(o, inputs, dout.transpose(1, 2))
+        run()
+    except RuntimeError:
+        return {}
+    return {"cudnn": run}
+
+
 def problem(seqlen: int, d: int, heads_k: int | None = None) -> tuple[tuple[Any, ...], Any]:
     inputs = tuple(x.requires_grad_() for x in tensors(seqlen, d, heads_k))
     return inputs, torch.randn_like(inputs[0])
@@ -57,6 +70,7 @@ def grid(seconds: float) -> Iterator[dict[str, Any]]:
                 inputs, dout = problem(seqlen, d)
                 runs = {"ours": ours(inputs, dout, causal=causal)}
                 runs["fa2"] = peer(inputs, dout, causal)
+                runs |= cudnn(inputs, dout, causal)
                 yield backward_cell(inputs[0], inputs[1], causal, measure(runs, seconds))
 
 

@@ -236,7 +236,7 @@ class Check:
         command = [find_sanitizer(), "--tool", tool, "--print-limit", "30"]
         command += ["--report-api-errors", "no"] if tool == "memcheck" else []
         command += [sys.executable, "tests/device/sanitize_rows.py"]
-        command += ["--op", TABLE_OPS[self.arguments.op]]
+        command += ["--op", TABLE_OPS[self.arguments.op], "--family", self.arguments.family]
         output = run(
             command, environment, self.log, self.clock.left(self.arguments.sanitizer_limit)
         )

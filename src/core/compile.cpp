@@ -129,10 +129,10 @@ std::string source_of(const Row& row) {
   for (const EntryPoint& entry : entries_of(row.op)) {
     const bool main = entry.id == ANYFLASH_KERNEL;
     const int blocks_per_sm = main ? row.constant("blocks_per_sm", 1) : 1;
-    text += "extern \"C\" __global__ void __launch_bounds__(" + std::to_string(row.threads()) +
-            ", " + std::to_string(blocks_per_sm) + ") " + entry.symbol +
-            "(const __grid_constant__ " + params_of(op, family) + " p) { anyflash::" + family +
-            "::" + entry.function + "<Row>(p); }\n";
+    text += "extern \"C\" __global__ void __launch_bounds__(" +
+            std::to_string(row.threads(entry.id)) + ", " + std::to_string(blocks_per_sm) + ") " +
+            entry.symbol + "(const __grid_constant__ " + params_of(op, family) +
+            " p) { anyflash::" + family + "::" + entry.function + "<Row>(p); }\n";
   }
   return text;
 }

@@ -135,7 +135,10 @@ BackwardWorkspace backward_workspace(const Problem& problem, const Row& row) {
   BackwardWorkspace workspace{};
   workspace.row_stats = on_256(rows * static_cast<uint64_t>(row.d) * sizeof(float));
   workspace.turns = workspace.row_stats + on_256(rows * 2 * sizeof(float));
-  workspace.end = workspace.turns + on_256(rows / static_cast<uint64_t>(row.Br) * sizeof(int32_t));
+  const bool hopper = row.family == "sm90"; // one turn for each of its two consumers
+  const uint64_t turns = rows / static_cast<uint64_t>(row.Br) * (hopper ? 2 : 1);
+  workspace.tickets = workspace.turns + on_256(turns * sizeof(int32_t));
+  workspace.end = workspace.tickets + (hopper ? on_256(sizeof(int32_t)) : 0);
   return workspace;
 }
 

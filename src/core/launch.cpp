@@ -8,6 +8,7 @@
 
 #include "core/driver.h"
 #include "core/error.h"
+#include "core/hopper_backward_params.h"
 #include "core/hopper_params.h"
 #include "core/kernel_params.h"
 #include "core/kernels.h"
@@ -28,17 +29,30 @@ bool has_blocks(const anyflash_launch& launch) {
   return launch.grid[0] != 0 && launch.grid[1] != 0 && launch.grid[2] != 0;
 }
 
+/// CUDA 12.3: since then a launch that starts early may be captured into a graph.
+constexpr int graphs_know_early_starts = 12030;
+
+/// True for kernels that may start before the kernel in front of them, of the same row, is over,
+/// because they wait for it themselves (programmatic dependent launch).
+bool starts_early(const Row& row, const anyflash_launch& launch) {
+  return row.family == "sm90" && row.op == "backward" && launch.entry != ANYFLASH_KERNEL_PRE;
+}
+
 template <class Params>
 void launch_one(const anyflash_launch& launch, Params params, int device, void* stream) {
   const Row& row = row_of(launch);
   void* arguments[] = {&params};
+  const cuda::Driver& driver = cuda::driver();
+  cuda::LaunchAttribute attribute{};
+  attribute.id = cuda::programmatic_stream_serialization;
+  attribute.value = 1;
+  const bool early = starts_early(row, launch) && driver.version >= graphs_know_early_starts;
   const cuda::LaunchConfig config = {{launch.grid[0], launch.grid[1], launch.grid[2]},
                                      {launch.threads, 1, 1},
                                      launch.shared_bytes,
                                      stream,
-                                     nullptr,
-                                     0};
-  const cuda::Driver& driver = cuda::driver();
+                                     early ? &attribute : nullptr,
+                                     early ? 1u : 0u};
   const cuda::Kernel kernel = kernel_of(row, static_cast<anyflash_entry>(launch.entry), device);
   const cuda::Status status = driver.LaunchKernelEx(&config, kernel, arguments, nullptr);
   if (status != 0) driver.fail(status, "launching kernel " + row.name());
@@ -66,6 +80,8 @@ void launch(const anyflash_plan& plan, const Problem& problem, void* workspace, 
       launch_one(one, hopper_forward_params(problem, row, one.grid[0]), device, stream);
     else if (problem.op == ANYFLASH_FORWARD)
       launch_one(one, forward_params(problem, row), device, stream);
+    else if (row.family == "sm90")
+      launch_one(one, hopper_backward_params(problem, row, workspace), device, stream);
     else
       launch_one(one, backward_params(problem, row, workspace), device, stream);
   }

@@ -153,7 +153,7 @@ void add_launch(anyflash_plan& plan, const Row& row, anyflash_entry entry, uint3
   launch.entry = entry;
   launch.grid[0] = blocks;
   launch.grid[1] = launch.grid[2] = 1;
-  launch.threads = static_cast<uint32_t>(row.threads());
+  launch.threads = static_cast<uint32_t>(row.threads(entry));
   if (entry == ANYFLASH_KERNEL) launch.shared_bytes = static_cast<uint32_t>(row.shared_bytes());
 }
 
@@ -192,8 +192,12 @@ anyflash_plan plan_on_gpu(const Problem& problem, const anyflash_device& device)
                        "missing: kernels for it: they are 0");
   const uint32_t of_keys =
       grid_of("key", ceil_div(problem.seqlen_k, row->Bc), problem.heads_k, problem.batch);
-  add_launch(plan, *row, ANYFLASH_KERNEL_PRE, of_queries);
-  add_launch(plan, *row, ANYFLASH_KERNEL, of_keys);
+  // Thread blocks of the sm90 family stay and take one key block after the other, from a counter
+  // that the kernel before sets to 0 even where there is no query.
+  const bool stay = row->family == "sm90";
+  const auto resident = static_cast<uint32_t>(device.multiprocessors);
+  add_launch(plan, *row, ANYFLASH_KERNEL_PRE, stay ? std::max(of_queries, 1u) : of_queries);
+  add_launch(plan, *row, ANYFLASH_KERNEL, stay ? std::min(of_keys, resident) : of_keys);
   add_launch(plan, *row, ANYFLASH_KERNEL_POST, of_queries);
   const BackwardWorkspace workspace = backward_workspace(problem, *row);
   plan.workspace_offsets[0] = workspace.dq_sum;

@@ -7,6 +7,7 @@
 #include "core/error.h"
 #include "core/row.h"
 #include "cuda/sm80/shared_memory.h"
+#include "cuda/sm90/backward/shared_memory.h"
 #include "cuda/sm90/shared_memory.h"
 
 namespace anyflash {
@@ -110,6 +111,10 @@ std::span<const EntryPoint> entries_of(std::string_view op) {
 }
 
 int Row::shared_bytes() const {
+  if (op == "backward" && family == "sm90")
+    return sm90::backward_shared(d, dv, Br, Bc, constant("kv_stages", 1), constant("q_stages", 1),
+                                 constant("o_stages", 1))
+        .end;
   if (family == "sm90")
     return sm90::ForwardShared(d, dv, Br, Bc, constant("stages", 1), constant("q_stages", 1),
                                constant("o_parts", 1))

@@ -34,6 +34,10 @@ struct Row {
   /// A named constant of the row; `missing` when the row does not state it.
   int constant(std::string_view name, int missing) const;
   int threads() const { return 32 * constant("warps", 0); }
+  /// Threads of an entry: those around the main kernel may have another number.
+  int threads(anyflash_entry entry) const {
+    return entry == ANYFLASH_KERNEL ? threads() : constant("end_threads", threads());
+  }
   /// Dynamic shared memory of one block, from the family's own layout.
   int shared_bytes() const;
   /// Unique within one image: "forward_sm80_plain_bf16_d128_dv128_128x64".

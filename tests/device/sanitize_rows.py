@@ -1,8 +1,11 @@
 """Launches every row of the table on small odd shapes: what compute-sanitizer watches.
 
-usage: compute-sanitizer python tests/device/sanitize_rows.py [--op forward] [--plan-only sm_90]
+usage: compute-sanitizer python tests/device/sanitize_rows.py [--op forward] [--family sm80]
+                                                              [--plan-only sm_90]
 
-Rows of the backward run after the forward that they need, with free and with ordered sums of dQ.
+--family: only its rows; where a GPU has images of several families, ANYFLASH_IMAGE says which one
+the plan prefers. Rows of the backward run after the forward that they need, with free and with
+ordered sums of dQ.
 
 Only the driver and NumPy: a framework's start would take most of the time under a sanitizer.
 The last line is "cases: N, rows reached: N of N". Fails when a launch fails, when a result is not
@@ -271,6 +274,7 @@ def run_and_check(problem: Problem, op: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--op", default="forward", choices=("forward", "backward"))
+    parser.add_argument("--family", help="only rows of this family")
     parser.add_argument("--plan-only", metavar="sm_NN", help="no GPU: which rows would be reached")
     arguments = parser.parse_args()
     driver, device = None, None
@@ -281,6 +285,8 @@ def main() -> int:
 
     rows = [ROW_NAME.fullmatch(row["name"]) for row in json.loads(_library.rows_json())]
     known = [row for row in rows if row and row["op"] == arguments.op]
+    if arguments.family:
+        known = [row for row in known if row["family"] == arguments.family]
     reached, tried, cases = set(), set(), 0
     for row in known:
         if same_kernel(row) in tried:

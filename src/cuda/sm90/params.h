@@ -18,6 +18,15 @@ struct ForwardParams : anyflash::ForwardParams {
   TensorMap q_map, k_map, v_map, o_map;
 };
 
+/// Boxes of one page of a shared tile, Br or Bc rows, whose first rows may be cut off: see
+/// tma_load_ragged.
+struct BackwardParams : anyflash::BackwardParams {
+  TensorMap q_map, k_map, v_map, dout_map;
+  int32_t* tickets;    // workspace: key blocks handed out so far; null: in fixed order
+  uint32_t key_blocks; // over all key heads of all sequences
+  uint32_t padding_sm90;
+};
+
 static_assert(sizeof(TensorMap) == 128);
 static_assert(sizeof(ForwardParams) % 64 == 0);
 static_assert(sizeof(ForwardParams) - sizeof(anyflash::ForwardParams) - sizeof(TileOrder) -

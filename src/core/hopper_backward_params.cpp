@@ -1,0 +1,46 @@
+#include "core/hopper_backward_params.h"
+
+#include <algorithm>
+
+#include "core/kernel_params.h"
+#include "core/tensor_maps.h"
+
+namespace anyflash {
+namespace {
+
+/// Key heads whose blocks run together where they add to dQ in turns: more, and their queries and
+/// sums leave the L2 cache; fewer, and their blocks wait for each other.
+int64_t heads_that_take_turns(const Problem& problem, const Row& row) {
+  constexpr int64_t cache_bytes = int64_t{16} << 20;
+  const int64_t row_bytes = (row.d + row.dv) * size_of(problem.dtype) + row.d * 4;
+  const int64_t head_bytes = std::max<int64_t>(problem.seqlen_q, 1) * row_bytes * problem.group();
+  return std::clamp<int64_t>(cache_bytes / head_bytes, 16, 128);
+}
+
+} // namespace
+
+sm90::BackwardParams hopper_backward_params(const Problem& problem, const Row& row,
+                                            void* workspace) {
+  sm90::BackwardParams p{};
+  static_cast<BackwardParams&>(p) = backward_params(problem, row, workspace);
+  const auto map = [&](const View& view, const Extents& extents, int columns, int box_rows) {
+    return ragged_tensor_map(view, extents, problem.dtype, box_columns(columns), box_rows);
+  };
+  p.q_map = map(problem.q, query_extents(problem, problem.d), row.d, row.Br);
+  p.k_map = map(problem.k, key_extents(problem, problem.d), row.d, row.Bc);
+  p.v_map = map(problem.v, key_extents(problem, problem.dv), row.dv, row.Bc);
+  p.dout_map = map(problem.dout, query_extents(problem, problem.dv), row.dv, row.Br);
+  p.tickets = reinterpret_cast<int32_t*>(static_cast<char*>(workspace) +
+                                         backward_workspace(problem, row).tickets);
+  const int64_t blocks = (problem.seqlen_k + row.Bc - 1) / row.Bc;
+  const int64_t heads = problem.heads_k * problem.batch;
+  const int64_t section =
+      problem.deterministic ? std::min(heads, heads_that_take_turns(problem, row)) : 1;
+  p.key_section = make_divisor(section);
+  p.key_last_section = make_divisor((heads - 1) % section + 1);
+  p.key_section_blocks = make_divisor(section * std::max<int64_t>(1, blocks));
+  p.key_blocks = static_cast<uint32_t>(blocks * problem.heads_k * problem.batch);
+  return p;
+}
+
+} // namespace anyflash

@@ -1,0 +1,15 @@
+// Problem -> what the kernels of the sm90 family's backward read.
+#pragma once
+
+#include "core/problem.h"
+#include "core/row.h"
+#include "cuda/sm90/params.h"
+
+namespace anyflash {
+
+/// Parameters of the three kernels of a backward row of the sm90 family. Needs the driver, which
+/// encodes the tensor maps.
+sm90::BackwardParams hopper_backward_params(const Problem& problem, const Row& row,
+                                            void* workspace);
+
+} // namespace anyflash

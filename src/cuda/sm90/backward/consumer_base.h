@@ -1,0 +1,118 @@
+// What the two ways of sharing a block's work between consumer warpgroups have in common.
+#pragma once
+
+#include "cuda/ptx/stmatrix.h"
+#include "cuda/ptx/warpgroup.h"
+#include "cuda/sm90/backward/ends.h"
+#include "cuda/sm90/backward/stream.h"
+#include "cuda/sm90/backward/transposed_scores.h"
+
+namespace anyflash::sm90 {
+
+/// A consumer warpgroup's place in the block, and where things are. Its scores are those of the
+/// keys from first_key() on and of `queries` queries from first_query on.
+template <class Row>
+class ConsumerBase {
+protected:
+  using F = Backward<Row>;
+  using T = typename Row::T;
+  using Q = MatrixDescriptor<typename F::QTile>;
+  using O = MatrixDescriptor<typename F::OTile>;
+  using K = MatrixDescriptor<typename F::KTile>;
+  using V = MatrixDescriptor<typename F::VTile>;
+  using S = MatrixDescriptor<typename F::STile>;
+  using Scores = typename F::Scores;
+  using Cap = SoftcapSlope<Scores, F::general>;
+  using QRing = Ring<Row::q_stages>;
+  using ORing = Ring<Row::o_stages>;
+
+  DEVICE ConsumerBase(const BackwardParams& p, char* shared_memory, int index)
+      : p_(p), memory_(shared_memory), shared_(shared_address(shared_memory)), index_(index),
+        barriers_{shared_ + F::at.barriers} {}
+
+  /// What scores go through before the exponential.
+  DEVICE void prepare(Scores& s, Cap& cap, const volatile Work& work, QRing q) const {
+    const Step& step = this->step(q);
+    const int first_query = step.first_query + (F::by_keys ? 0 : index_ * Scores::width);
+    if constexpr (F::general) {
+      apply_softcap(s, p_);
+      cap.keep(s, p_);
+      apply_alibi_transposed(s, alibi_slope(p_, work.sequence, step.head),
+                             first_query + Scores::first_column() + work.diagonal -
+                                 first_key(work));
+    }
+    if (step.on_edge)
+      mask_transposed(s, p_, first_key(work), work.seqlen_k, work.diagonal, first_query);
+  }
+
+  /// The key of this thread's first row.
+  DEVICE int first_key(const volatile Work& work) const {
+    return work.first_key + first_row() + Scores::first_row();
+  }
+  /// The first row of this warp among the block's keys.
+  DEVICE int first_row() const { return (F::by_keys ? index_ * 64 : 0) + warp_index() % 4 * 16; }
+
+  /// The sums lie in the order of registers, so that a warp adds to neighbouring addresses.
+  template <int width>
+  DEVICE void add_to_queries(const WarpgroupAccumulator<width>& dq, QRing q, Ring<2> turn) const {
+    if (p_.turns) mbarrier_wait(barriers_.turn(index_), turn.stage());
+    float* const sum =
+        query_sums<Row>(p_, step(q).first_row, index_, recomputed(threadIdx.x) % warpgroup_size);
+    UNROLL
+    for (int tile = 0; tile < width / 8; ++tile) {
+      if (tile < F::q_tiles(index_))
+        red_add_4(sum + tile * 4 * warpgroup_size,
+                  reinterpret_cast<const float(&)[4]>(dq.x[4 * tile]));
+    }
+    if (p_.turns) named_barrier_arrive(first_turn_barrier + index_, warpgroup_size + warp_size);
+  }
+
+  /// dK or dV of this block's keys, in columns from first_column on; offset: to the first key.
+  template <int width>
+  DEVICE void store(const WarpgroupAccumulator<width>& x, float scale, void* matrix, int64_t offset,
+                    int64_t row_stride, int rows, int columns, int first_column) const {
+    auto* const to = static_cast<uint16_t*>(matrix) + offset + first_column;
+    store_rows<T>(x, scale, to + first_row() * row_stride, row_stride, rows - first_row(),
+                  columns - first_column);
+  }
+  template <int width>
+  DEVICE void store_key_gradient(const WarpgroupAccumulator<width>& dk, const volatile Work& work,
+                                 int first_column = 0) const {
+    store(dk, p_.scale, p_.dk, work.dk_offset, p_.dk_strides.row, work.rows, p_.d, first_column);
+  }
+  template <int width>
+  DEVICE void store_value_gradient(const WarpgroupAccumulator<width>& dv, const volatile Work& work,
+                                   int first_column = 0) const {
+    store(dv, 1, p_.dv_out, work.dv_offset, p_.dv_strides.row, work.rows, p_.dv, first_column);
+  }
+
+  /// By the warpgroup that has retired the products that read what may now be filled anew.
+  DEVICE void release(uint32_t barrier) const {
+    if (threadIdx.x % warpgroup_size == 0) mbarrier_arrive(barrier);
+  }
+
+  DEVICE uint32_t q_tile(QRing q) const { return shared_ + F::at.q + q.stage() * F::QTile::bytes; }
+  DEVICE uint32_t o_tile(ORing o) const { return shared_ + F::at.o + o.stage() * F::OTile::bytes; }
+  DEVICE uint32_t k_tile(Ring<Row::kv_stages> kv) const {
+    return shared_ + F::at.k + kv.stage() * F::KTile::bytes;
+  }
+  DEVICE uint32_t v_tile(Ring<Row::kv_stages> kv) const {
+    return shared_ + F::at.v + kv.stage() * F::VTile::bytes;
+  }
+  DEVICE const Step& step(QRing q) const {
+    return *reinterpret_cast<const Step*>(memory_ + F::at.steps + q.stage() * backward_step_bytes);
+  }
+  /// L of this thread's first query; delta is Br further on.
+  DEVICE const float* lse(QRing q) const {
+    return reinterpret_cast<const float*>(memory_ + F::at.stats + q.stage() * F::stats_bytes) +
+           (F::by_keys ? 0 : index_ * Scores::width) + Scores::first_column();
+  }
+
+  const BackwardParams& p_;
+  char* memory_;
+  uint32_t shared_;
+  int index_;
+  BackwardBarriers<Row> barriers_;
+};
+
+} // namespace anyflash::sm90

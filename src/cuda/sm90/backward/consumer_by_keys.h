@@ -1,0 +1,224 @@
+// Consumers of the sm90 backward that own 64 keys each: head dims up to 128.
+#pragma once
+
+#include "cuda/sm90/backward/consumer_base.h"
+
+namespace anyflash::sm90 {
+
+/// A consumer warpgroup: dK and dV of its 64 keys of a block, and its part of dQ of the queries
+/// that see them. P^T and dS^T are operands straight from registers; for dQ the consumers share dS.
+/// Products run on while the next lines compute: each start_* puts one into a group of its own, and
+/// groups retire in order.
+template <class Row>
+class ConsumerByKeys : ConsumerBase<Row> {
+  using Base = ConsumerBase<Row>;
+  using Base::barriers_, Base::index_, Base::memory_, Base::p_, Base::shared_;
+  using Base::lse, Base::o_tile, Base::q_tile, Base::release, Base::step;
+  using typename Base::Cap, typename Base::F, typename Base::K, typename Base::O, typename Base::Q;
+  using typename Base::S, typename Base::Scores, typename Base::T, typename Base::V;
+  using Operand = WarpgroupOperand<T, Row::Br>; // P^T or dS^T
+  /// S of the next queries is started before this block's dQ, and dK comes last, to run under the
+  /// next dP; where registers allow.
+  static constexpr bool ahead = Row::ahead;
+  /// dV leaves while the last products run; not where registers are few.
+  static constexpr bool early_store = ahead && !F::general;
+
+public:
+  DEVICE ConsumerByKeys(const BackwardParams& p, char* shared_memory, int index)
+      : Base(p, shared_memory, index) {}
+
+  DEVICE void run() {
+    WorkReader<Row> reader(memory_);
+    ROLLED
+    while (true) {
+      const volatile Work& work = reader.wait();
+      if (work.ticket >= p_.key_blocks) return;
+      dk_.clear();
+      dv_.clear();
+      if (work.steps) go_through_queries(work);
+      if (!early_store || work.steps == 0) this->store_value_gradient(dv_, work);
+      this->store_key_gradient(dk_, work);
+      reader.next();
+    }
+  }
+
+private:
+  DEVICE void go_through_queries(const volatile Work& work) {
+    Scores s; // of the queries that come next, where they are started ahead
+    Cap cap;
+    mbarrier_wait(barriers_.k_full(kv_.stage()), kv_.phase());
+    if constexpr (ahead) {
+      start_scores(s, q_);
+      wgmma_wait<0>();
+      keep(s.x);
+      this->prepare(s, cap, work, q_);
+    }
+    mbarrier_wait(barriers_.v_full(kv_.stage()), kv_.phase());
+    ROLLED
+    for (int left = work.steps; left > (ahead ? 1 : 0); --left) one_step<true>(work, s, cap, left);
+    if constexpr (ahead) {
+      one_step<false>(work, s, cap, 1);
+      wgmma_wait<0>();
+      keep(dk_.x);
+      release(barriers_.q_empty(q_.before()));
+    } else {
+      release(barriers_.v_empty(kv_.stage()));
+      release(barriers_.k_empty(kv_.stage()));
+    }
+    kv_.advance();
+  }
+
+  /// One block of queries. more: another one may follow; S of it is started.
+  template <bool more>
+  DEVICE void one_step(const volatile Work& work, Scores& coming, Cap& cap, int left) {
+    Scores s, dp;
+    if constexpr (ahead)
+      s = coming;
+    else
+      start_scores(s, q_);
+    start_probability_gradients(dp);
+    if constexpr (!ahead) {
+      wgmma_wait<1>();
+      keep(s.x);
+      this->prepare(s, cap, work, q_);
+    }
+    probabilities(s, lse(q_), p_.factor);
+    wgmma_wait<0>();
+    keep(dp.x);
+    if constexpr (ahead) keep(dk_.x); // of the block before
+    if (ahead && left != work.steps) release(barriers_.q_empty(q_.before()));
+    if (!more) release(barriers_.v_empty(kv_.stage()));
+
+    Operand p, ds;
+    p.round(s);
+    round_gradients(ds, s, dp, cap, lse(q_) + Row::Br, p_);
+    share(ds);
+    start_value_gradient(p);
+    Scores next;
+    typename F::QueryGradient dq;
+    if constexpr (ahead) {
+      if constexpr (more) start_scores(next, q_.next());
+      mbarrier_wait(barriers_.ds_full(ds_.stage()), ds_.phase());
+      wait_value_gradient<more>(p);
+      start_query_gradient(dq);
+      start_key_gradient(ds);
+      wgmma_wait<1>();
+    } else {
+      start_key_gradient(ds);
+      mbarrier_wait(barriers_.ds_full(ds_.stage()), ds_.phase());
+      start_query_gradient(dq);
+      wait_value_gradient<1>(p);
+      keep(dk_.x);
+      keep(ds.a);
+      wgmma_wait<0>();
+    }
+    keep(dq.x);
+    if (!more) release(barriers_.k_empty(kv_.stage()));
+    this->add_to_queries(dq, q_, ds_);
+    if (!more && early_store) this->store_value_gradient(dv_, work);
+    if constexpr (!ahead) release(barriers_.q_empty(q_.stage()));
+    if constexpr (ahead && more) {
+      keep(next.x);
+      this->prepare(next, cap, work, q_.next());
+      coming = next;
+    }
+    q_.advance();
+    o_.advance();
+    ds_.advance();
+  }
+
+  /// S^T = K Q^T.
+  DEVICE void start_scores(Scores& s, typename Base::QRing q) {
+    mbarrier_wait(barriers_.q_full(q.stage()), q.phase());
+    const uint64_t a = K::k_major(this->k_tile(kv_), index_ * 64);
+    const uint64_t b = Q::k_major(q_tile(q));
+    wgmma_fence();
+    UNROLL
+    for (int k = 0; k < Row::d / 16; ++k)
+      wgmma<T, Major::k, Major::k>(s.x, a + K::at_columns(k), b + Q::at_columns(k), k != 0);
+    wgmma_commit();
+  }
+
+  /// dP^T = V dO^T.
+  DEVICE void start_probability_gradients(Scores& dp) {
+    mbarrier_wait(barriers_.o_full(o_.stage()), o_.phase());
+    const uint64_t a = V::k_major(this->v_tile(kv_), index_ * 64);
+    const uint64_t b = O::k_major(o_tile(o_));
+    wgmma_fence();
+    UNROLL
+    for (int k = 0; k < Row::dv / 16; ++k)
+      wgmma<T, Major::k, Major::k>(dp.x, a + V::at_columns(k), b + O::at_columns(k), k != 0);
+    wgmma_commit();
+  }
+
+  /// dV += P^T dO.
+  DEVICE void start_value_gradient(Operand& p) {
+    const uint64_t b = O::mn_major(o_tile(o_));
+    keep(dv_.x);
+    keep(p.a);
+    wgmma_fence();
+    UNROLL
+    for (int k = 0; k < Row::Br / 16; ++k)
+      wgmma<T, Major::mn>(dv_.x, p.a + 4 * k, b + O::at_rows(k), true);
+    wgmma_commit();
+  }
+
+  /// Once dO is read: with `pending` groups after dV's.
+  template <int pending>
+  DEVICE void wait_value_gradient(Operand& p) {
+    wgmma_wait<pending>();
+    keep(dv_.x);
+    keep(p.a);
+    release(barriers_.o_empty(o_.stage()));
+  }
+
+  /// dK += dS^T Q.
+  DEVICE void start_key_gradient(Operand& ds) {
+    const uint64_t b = Q::mn_major(q_tile(q_));
+    keep(dk_.x);
+    keep(ds.a);
+    wgmma_fence();
+    UNROLL
+    for (int k = 0; k < Row::Br / 16; ++k)
+      wgmma<T, Major::mn>(dk_.x, ds.a + 4 * k, b + Q::at_rows(k), true);
+    wgmma_commit();
+  }
+
+  /// dQ = dS K over the keys of both consumers.
+  DEVICE void start_query_gradient(typename F::QueryGradient& dq) {
+    const uint64_t a = S::k_major(ds_tile(), F::split_queries ? index_ * 64 : 0);
+    const uint64_t b = K::mn_major(this->k_tile(kv_), F::split_queries ? 0 : index_ * F::q_columns);
+    wgmma_fence();
+    UNROLL
+    for (int k = 0; k < Row::Bc / 16; ++k)
+      wgmma<T, Major::k, Major::mn>(dq.x, a + S::at_columns(k), b + K::at_rows(k), k != 0);
+    wgmma_commit();
+  }
+
+  /// dS of this consumer's keys for both consumers, as stored: [queries, keys].
+  DEVICE void share(const Operand& ds) {
+    using Tile = typename F::STile;
+    const int thread = recomputed(threadIdx.x);
+    const int row = thread % 8 + thread / 16 % 2 * 8;
+    const int chunk = thread / 32 % 4 * 2 + thread / 8 % 2;
+    const uint32_t address = ds_tile() + index_ * Tile::page_bytes + Tile::offset(row, chunk);
+    UNROLL
+    for (int k = 0; k < Row::Br / 16; ++k)
+      stmatrix_x4_trans(address + k * 16 * Tile::row_bytes, ds.a[4 * k], ds.a[4 * k + 1],
+                        ds.a[4 * k + 2], ds.a[4 * k + 3]);
+    fence_async_shared();
+    __syncwarp();
+    if (lane_index() == 0) mbarrier_arrive(barriers_.ds_full(ds_.stage()));
+  }
+
+  DEVICE uint32_t ds_tile() const { return shared_ + F::at.ds + ds_.stage() * F::STile::bytes; }
+
+  typename F::KeyGradient dk_;
+  typename F::ValueGradient dv_;
+  typename Base::QRing q_;
+  typename Base::ORing o_;
+  Ring<2> ds_; // also counts turns
+  Ring<Row::kv_stages> kv_;
+};
+
+} // namespace anyflash::sm90

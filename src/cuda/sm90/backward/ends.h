@@ -1,0 +1,139 @@
+// What comes before and after the main kernel of the sm90 backward, and what leaves it.
+#pragma once
+
+#include "cuda/attn/key_block.h"
+#include "cuda/attn/query_block.h"
+#include "cuda/ptx/dependent.h"
+#include "cuda/sm90/backward/layout.h"
+#include "cuda/sm90/params.h"
+#include "cuda/tile/tile_loader.h"
+#include "cuda/tile/tile_store.h"
+
+namespace anyflash::sm90 {
+
+/// Where thread `thread` of a consumer finds its first four sums of dQ of a block of queries: those
+/// of the next 8 columns are 4 * 128 floats further on.
+template <class Row>
+DEVICE float* query_sums(const anyflash::BackwardParams& p, int64_t first_row, int consumer,
+                         int thread) {
+  return p.dq_sum + first_row * Row::d + consumer * (64 * Backward<Row>::q_columns) + thread * 4;
+}
+
+/// Rounds 16 rows of a warp's accumulator, times `scale`, and stores them. The four threads of a
+/// row hold 2 columns each of every 8; they exchange what they have of 32, so that each stores 8
+/// columns, 16 bytes, at a time.
+template <class T, class Fragment>
+DEVICE void store_rows(const Fragment& x, float scale, uint16_t* matrix, int64_t row_stride,
+                       int rows_valid, int columns) {
+  const int lane = lane_index();
+  const bool odd = lane & 1, high = lane & 2;
+  UNROLL
+  for (int r = 0; r < Fragment::rows; ++r) {
+    const int row = Fragment::row(r);
+    UNROLL
+    for (int c = 0; c < Fragment::columns; c += 8) {
+      uint32_t pairs[4];
+      UNROLL
+      for (int i = 0; i < 4; ++i)
+        pairs[i] = pack<T>(x(r, c + 2 * i) * scale, x(r, c + 2 * i + 1) * scale);
+      // Neighbours: even threads get 8-column tiles 0 and 2, odd ones 1 and 3, two pairs of each.
+      const uint32_t got_0 = __shfl_xor_sync(0xffffffff, odd ? pairs[0] : pairs[1], 1);
+      const uint32_t got_2 = __shfl_xor_sync(0xffffffff, odd ? pairs[2] : pairs[3], 1);
+      const uint2 low = odd ? uint2{got_0, pairs[1]} : uint2{pairs[0], got_0};
+      const uint2 tall = odd ? uint2{got_2, pairs[3]} : uint2{pairs[2], got_2};
+      // Two apart: the lower threads get the rest of tiles 0 and 1, the higher of 2 and 3.
+      const uint32_t rest_x = __shfl_xor_sync(0xffffffff, high ? low.x : tall.x, 2);
+      const uint32_t rest_y = __shfl_xor_sync(0xffffffff, high ? low.y : tall.y, 2);
+      const int column = c * 4 + lane % 4 * 8;
+      if (row < rows_valid && column < columns)
+        *reinterpret_cast<uint4*>(matrix + row * row_stride + column) =
+            high ? uint4{rest_x, rest_y, tall.x, tall.y} : uint4{low.x, low.y, rest_x, rest_y};
+    }
+  }
+}
+
+/// Before the main kernel, one block of Br queries of one head: row_stats; dq_sum, turns and the
+/// counter of key blocks = 0.
+template <class Row>
+DEVICE void backward_pre(const BackwardParams& p) {
+  using T = typename Row::T;
+  constexpr int threads = Row::end_threads;
+  // A group of lanes takes a row, 8 columns a lane.
+  constexpr int lanes = Row::dv <= 64 ? 8 : Row::dv <= 128 ? 16 : 32;
+  let_next_kernel_start();
+  if (blockIdx.x == 0 && threadIdx.x == 0 && p.tickets) *p.tickets = 0;
+  const QueryBlock<Row> block(p, blockIdx.x);
+  if (block.outside()) return;
+  const int64_t first_row = workspace_row<Row>(p, block.sequence, block.head) + block.first_query;
+
+  float4* const sum = reinterpret_cast<float4*>(p.dq_sum + first_row * Row::d) + threadIdx.x;
+  UNROLL
+  for (int i = 0; i < Row::Br * Row::d / 4 / threads; ++i) sum[i * threads] = {0, 0, 0, 0};
+  if (p.turns && threadIdx.x < 2) p.turns[2 * (first_row / Row::Br) + threadIdx.x] = 0;
+
+  const uint16_t* const o = static_cast<const uint16_t*>(p.o) + block.o_offset;
+  const uint16_t* const dout = static_cast<const uint16_t*>(p.dout) + block.offset(p.dout_strides);
+  float* const stats = p.row_stats + first_row * 2;
+  const int column = threadIdx.x % lanes * 8;
+  UNROLL
+  for (int pass = 0; pass < Row::Br * lanes / threads; ++pass) {
+    const int row = pass * (threads / lanes) + threadIdx.x / lanes;
+    const int query = block.first_query + row;
+    const bool used = query < block.seqlen_q;
+    const uint4 a =
+        load_chunk<false>(o + query * p.o_strides.row + column, used ? p.dv - column : 0, true);
+    const uint4 b = load_chunk<false>(dout + query * p.dout_strides.row + column,
+                                      used ? p.dv - column : 0, true);
+    float delta = dot<T>(a.x, b.x) + dot<T>(a.y, b.y) + dot<T>(a.z, b.z) + dot<T>(a.w, b.w);
+    UNROLL
+    for (int distance = lanes / 2; distance; distance /= 2)
+      delta += __shfl_xor_sync(0xffffffff, delta, distance);
+    if (column == 0) {
+      const float lse = used ? p.lse[block.lse_offset + query] : -infinity();
+      if (used && p.dlse) delta -= p.dlse[block.lse_offset + query];
+      const bool empty = lse == -infinity();
+      stats[row] = empty ? infinity() : lse * log2_e;
+      stats[Row::Br + row] = empty ? 0 : delta;
+    }
+  }
+}
+
+/// After the main kernel, one block of Br queries of one head: dQ = scale dq_sum in T. Eight warps,
+/// each with the sums of one of the main kernel's.
+template <class Row>
+DEVICE void backward_post(const BackwardParams& p) {
+  using F = Backward<Row>;
+  using T = typename Row::T;
+  using Tile = SharedTile<Row::Br, F::split_queries ? 64 : 2 * F::q_columns>;
+  using Fragment = Accumulator<1, F::q_columns / 8>;
+  wait_for_kernel_before();
+  __shared__ __align__(1024) char shared_memory[Tile::bytes];
+  const QueryBlock<Row> block(p, blockIdx.x);
+  if (block.outside()) return;
+  const uint32_t tile = shared_address(shared_memory);
+  const int consumer = warp_index() / 4;
+  const float* const sum =
+      query_sums<Row>(p, workspace_row<Row>(p, block.sequence, block.head) + block.first_query,
+                      consumer, threadIdx.x % 128);
+  Fragment dq;
+  UNROLL
+  for (int n = 0; n < Fragment::n; ++n) {
+    float4 four = {0, 0, 0, 0};
+    if (n < F::q_tiles(consumer)) four = *reinterpret_cast<const float4*>(sum + n * 4 * 128);
+    dq.x[0][n][0] = four.x * p.scale;
+    dq.x[0][n][1] = four.y * p.scale;
+    dq.x[0][n][2] = four.z * p.scale;
+    dq.x[0][n][3] = four.w * p.scale;
+  }
+  const int row = warp_index() % 4 * 16 + (F::split_queries ? consumer * 64 : 0);
+  const int column = F::split_queries ? 0 : consumer * F::q_columns;
+  store_fragments<T, Tile>(fragment_address<Tile, Fragment>(tile, row, column), dq);
+  __syncthreads();
+  copy_rows<Tile, Row::Br, Row::end_threads, false>(
+      tile, threadIdx.x,
+      static_cast<uint16_t*>(p.dq) + block.offset(p.dq_strides) +
+          int64_t{block.first_query} * p.dq_strides.row,
+      p.dq_strides.row, block.rows - block.first_query, p.d, true);
+}
+
+} // namespace anyflash::sm90

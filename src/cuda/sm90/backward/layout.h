@@ -1,0 +1,151 @@
+// How a row of the sm90 backward lays out shared memory, and its barriers.
+#pragma once
+
+#include "cuda/ptx/mbarrier.h"
+#include "cuda/sm90/backward/shared_memory.h"
+#include "cuda/tile/matrix_descriptor.h"
+#include "cuda/tile/warpgroup_fragment.h"
+
+namespace anyflash::sm90 {
+
+/// What follows from a row of the table. Warpgroup 0 loads, two others compute. Scores are
+/// transposed, [keys, queries]. Up to head dim 128 each consumer owns 64 of a block's 128 keys;
+/// above, both work on the same 64 keys, and each owns a part of the head dim.
+template <class Row>
+struct Backward {
+  static constexpr bool general = Row::general;
+  static constexpr bool by_keys = Row::Bc == 128;
+  static constexpr int consumers = 2;
+  static_assert(by_keys ? Row::d <= 128 : Row::Bc == 64 && Row::Br == 64 && Row::d == Row::dv);
+
+  using QTile = SharedTile<Row::Br, Row::d>;
+  using OTile = SharedTile<Row::Br, Row::dv>; // dO
+  using KTile = SharedTile<Row::Bc, Row::d>;
+  using VTile = SharedTile<Row::Bc, Row::dv>;
+  using STile = SharedTile<Row::Br, Row::Bc>;     // dS; by_keys: a page of it is a consumer's
+  static constexpr int stats_bytes = Row::Br * 8; // L of the queries, then their delta
+
+  using Scores = WarpgroupAccumulator<by_keys ? Row::Br : Row::Br / 2>; // S^T, dP^T
+  using KeyGradient = WarpgroupAccumulator<Row::d>;
+  using ValueGradient = WarpgroupAccumulator<Row::dv>;
+
+  /// A consumer's part of dQ is 64 queries: its own and 64 columns where a block has 128, otherwise
+  /// all, and q_columns columns or what is left of them for the second.
+  static constexpr bool split_queries = Row::Br == 128;
+  static constexpr int q_columns = !by_keys ? 128 : split_queries || Row::d > 64 ? 64 : 32;
+  static_assert(split_queries ? Row::d == 64 : Row::Br == 64);
+  using QueryGradient = WarpgroupAccumulator<q_columns>;
+  DEVICE static int q_tiles(int consumer) { // of 8 columns
+    return (split_queries || consumer == 0 ? q_columns : Row::d - q_columns) / 8;
+  }
+
+  static constexpr BackwardShared at = backward_shared(
+      Row::d, Row::dv, Row::Br, Row::Bc, Row::kv_stages, Row::q_stages, Row::o_stages);
+};
+
+/// Position in a ring of stages, and the parity of the phase in which its stage is filled.
+template <int stages>
+struct Ring {
+  int stage_ = 0;
+  uint32_t phase_ = 0;
+
+  DEVICE int stage() const { return stage_; }
+  DEVICE int before() const { return stage_ ? stage_ - 1 : stages - 1; }
+  DEVICE uint32_t phase() const { return phase_; }
+  DEVICE void advance() {
+    if (++stage_ == stages) stage_ = 0, phase_ ^= 1;
+  }
+  DEVICE Ring next() const {
+    Ring ring = *this;
+    ring.advance();
+    return ring;
+  }
+};
+
+/// Two stages: one register.
+template <>
+struct Ring<2> {
+  uint32_t count = 0;
+
+  DEVICE int stage() const { return count & 1; }
+  DEVICE int before() const { return ~count & 1; }
+  DEVICE uint32_t phase() const { return count >> 1 & 1; }
+  DEVICE void advance() { ++count; }
+  DEVICE Ring next() const { return {count + 1}; }
+};
+
+/// A block of keys and the queries that see it, in shared memory, where it costs no registers.
+/// Written by the loader.
+struct Work {
+  int64_t first_row;            // in the workspace: query 0 of the first head of the group
+  int64_t dk_offset, dv_offset; // elements to the first of these keys
+  int32_t rows;                 // of dK and dV that exist from there on
+  uint32_t ticket;              // at or past the last: there is no more work
+  int32_t steps; // blocks of queries that see these keys, over all heads of the group
+  int32_t first_key;
+  int32_t seqlen_q, seqlen_k;
+  int32_t diagonal;                         // query i is aligned with key i + diagonal
+  int32_t begin, end, full_begin, full_end; // blocks of queries: KeyBlocks
+  int32_t head, head_k;                     // the first query head of the group, and the key head
+  int32_t sequence;
+  int32_t batch, first_q, first_k; // where the tensors' rows of the sequence are
+};
+static_assert(sizeof(Work) <= backward_work_bytes);
+
+/// What they know of a block of queries.
+struct Step {
+  int64_t first_row; // in the workspace
+  int32_t first_query;
+  int32_t on_edge; // some of these queries do not see some of the keys
+  int32_t head;
+};
+static_assert(sizeof(Step) <= backward_step_bytes);
+
+/// The barriers of a thread block: "full" is for those who read, "empty" for who fills anew.
+template <class Row>
+struct BackwardBarriers {
+  static constexpr int consumers = Backward<Row>::consumers;
+  uint32_t begin;
+
+  DEVICE uint32_t work_full(int slot) const { return begin + 8 * slot; }
+  DEVICE uint32_t work_empty(int slot) const { return begin + 16 + 8 * slot; }
+  DEVICE uint32_t ds_full(int stage) const { return begin + 32 + 8 * stage; }
+  DEVICE uint32_t turn(int consumer) const { return begin + 48 + 8 * consumer; }
+  DEVICE uint32_t work_wanted() const { return begin + 64; }
+  DEVICE uint32_t q_full(int stage) const { return begin + 72 + 8 * stage; }
+  DEVICE uint32_t q_empty(int stage) const { return q_full(Row::q_stages + stage); }
+  DEVICE uint32_t o_full(int stage) const { return q_full(2 * Row::q_stages + stage); }
+  DEVICE uint32_t o_empty(int stage) const { return o_full(Row::o_stages + stage); }
+  DEVICE uint32_t k_full(int stage) const { return o_full(2 * Row::o_stages + stage); }
+  DEVICE uint32_t k_empty(int stage) const { return k_full(Row::kv_stages + stage); }
+  DEVICE uint32_t v_full(int stage) const { return k_full(2 * Row::kv_stages + stage); }
+  DEVICE uint32_t v_empty(int stage) const { return k_full(3 * Row::kv_stages + stage); }
+
+  /// By one thread. in_turns: the warps that watch over the order of dQ read Work too.
+  DEVICE void init(bool in_turns) const {
+    for (int i = 0; i < 2; ++i) {
+      mbarrier_init(work_full(i), 1);
+      mbarrier_init(work_empty(i), 1 + (in_turns ? 5 : 4) * consumers);
+      mbarrier_init(ds_full(i), 4 * consumers);
+      mbarrier_init(turn(i), 1);
+    }
+    mbarrier_init(work_wanted(), 1);
+    init<Row::q_stages>(q_full(0));
+    init<Row::o_stages>(o_full(0));
+    init<Row::kv_stages>(k_full(0));
+    init<Row::kv_stages>(v_full(0));
+    fence_barrier_init();
+  }
+
+private:
+  /// The "full" barriers of a ring, filled by one thread, and then its "empty" ones.
+  template <int stages>
+  DEVICE static void init(uint32_t ring) {
+    for (int stage = 0; stage < stages; ++stage) {
+      mbarrier_init(ring + 8 * stage, 1);
+      mbarrier_init(ring + 8 * (stages + stage), consumers);
+    }
+  }
+};
+
+} // namespace anyflash::sm90

@@ -1,0 +1,278 @@
+// What the loading warpgroup of the sm90 backward does: key blocks one after the other, and for
+// each the queries that see it.
+#pragma once
+
+#include "cuda/attn/key_block.h"
+#include "cuda/attn/score.h"
+#include "cuda/ptx/atomic.h"
+#include "cuda/ptx/ldmatrix.h"
+#include "cuda/ptx/tma.h"
+#include "cuda/ptx/warpgroup.h"
+#include "cuda/sm90/backward/layout.h"
+#include "cuda/sm90/params.h"
+
+namespace anyflash::sm90 {
+
+/// Named barriers between a consumer and the warp that watches over its turns.
+constexpr int first_turn_barrier = 1;
+
+/// Reads what the loader wrote about one block of keys after the other.
+template <class Row>
+class WorkReader {
+public:
+  DEVICE WorkReader(const char* shared_memory)
+      : work_(shared_memory + Backward<Row>::at.work),
+        barriers_{shared_address(shared_memory) + Backward<Row>::at.barriers} {}
+
+  DEVICE const volatile Work& wait() const {
+    mbarrier_wait(barriers_.work_full(at_.stage()), at_.phase());
+    return *reinterpret_cast<const volatile Work*>(work_ + at_.stage() * backward_work_bytes);
+  }
+  /// By all lanes of a warp, after its last use of what wait() gave.
+  DEVICE void next() {
+    __syncwarp();
+    if (lane_index() == 0) mbarrier_arrive(barriers_.work_empty(at_.stage()));
+    at_.advance();
+  }
+  DEVICE void next_of_thread() {
+    mbarrier_arrive(barriers_.work_empty(at_.stage()));
+    at_.advance();
+  }
+
+private:
+  const char* work_;
+  BackwardBarriers<Row> barriers_;
+  Ring<2> at_;
+};
+
+/// The blocks of queries of a key block, one after the other; heads of the group outermost. The
+/// last queries come first: under a causal mask all blocks of keys then begin with the same ones,
+/// which they find in the L2 cache, and whose dQ nobody waits long for.
+struct QueryCursor {
+  int i;
+  int head; // of the group
+
+  DEVICE QueryCursor(const volatile Work& work) : i(work.end - 1), head(0) {}
+  DEVICE void advance(const volatile Work& work) {
+    if (--i >= work.begin) return;
+    i = work.end - 1;
+    ++head;
+  }
+  /// In the workspace.
+  DEVICE int64_t first_row(const volatile Work& work, int64_t padded_rows, int Br) const {
+    return work.first_row + head * padded_rows + i * Br;
+  }
+};
+
+/// The thread that decides which block of keys comes next. They are handed out by a counter in
+/// global memory, in their order, and as late as the loader can do with: who holds work early makes
+/// others wait at the end. The first of a thread block is its own index.
+template <class Row>
+class Scheduler {
+  using F = Backward<Row>;
+
+public:
+  DEVICE Scheduler(const BackwardParams& p, char* shared_memory)
+      : p_(p), work_(shared_memory + F::at.work),
+        barriers_{shared_address(shared_memory) + F::at.barriers} {}
+
+  DEVICE void run() {
+    uint32_t ticket = blockIdx.x;
+    ROLLED
+    while (true) {
+      mbarrier_wait(barriers_.work_empty(at_.stage()), at_.phase() ^ 1);
+      slot().ticket = ticket;
+      const bool over = ticket >= p_.key_blocks;
+      if (!over) describe(ticket);
+      mbarrier_arrive(barriers_.work_full(at_.stage()));
+      if (over) return;
+      mbarrier_wait(barriers_.work_wanted(), at_.count & 1);
+      at_.advance();
+      ticket = p_.tickets ? gridDim.x + atomicAdd(p_.tickets, 1) : ticket + gridDim.x;
+    }
+  }
+
+private:
+  DEVICE volatile Work& slot() const {
+    return *reinterpret_cast<volatile Work*>(work_ + at_.stage() * backward_work_bytes);
+  }
+
+  DEVICE void describe(uint32_t ticket) const {
+    volatile Work& work = slot();
+    const KeyBlock<Row> block(p_, ticket);
+    work.first_key = block.first_key;
+    work.seqlen_q = block.seqlen_q;
+    work.seqlen_k = block.seqlen_k;
+    work.diagonal = block.diagonal();
+    work.head_k = block.head_k;
+    work.head = block.head_k * p_.group.divisor;
+    work.sequence = block.sequence;
+    work.batch = p_.cu_seqlens_q ? 0 : block.sequence;
+    work.first_q = static_cast<int>(block.first_q);
+    work.first_k = static_cast<int>(block.first_k);
+    work.first_row = workspace_row<Row>(p_, block.sequence, block.head_k * p_.group.divisor);
+    work.rows = block.rows - block.first_key;
+    const KeyBlocks queries = block.queries(p_);
+    work.begin = queries.begin;
+    work.end = queries.end;
+    work.full_begin = queries.full_begin;
+    work.full_end = queries.full_end;
+    const bool nothing = block.outside() || queries.empty();
+    work.steps = nothing ? 0 : (queries.end - queries.begin) * p_.group.divisor;
+    work.dk_offset = offset(work, p_.dk_strides);
+    work.dv_offset = offset(work, p_.dv_strides);
+  }
+
+  /// Elements to the first key; from shared memory, since registers are few here.
+  DEVICE static int64_t offset(const volatile Work& work, const Strides& strides) {
+    return work.sequence * strides.batch + (int64_t{work.first_k} + work.first_key) * strides.row +
+           work.head_k * strides.head;
+  }
+
+  const BackwardParams& p_;
+  char* work_;
+  BackwardBarriers<Row> barriers_;
+  Ring<2> at_;
+};
+
+/// The thread that starts all copies.
+template <class Row>
+class Loader {
+  using F = Backward<Row>;
+
+public:
+  DEVICE Loader(const BackwardParams& p, char* shared_memory)
+      : p_(p), memory_(shared_memory), shared_(shared_address(shared_memory)),
+        barriers_{shared_ + F::at.barriers} {}
+
+  DEVICE void run() {
+    WorkReader<Row> reader(memory_);
+    ROLLED
+    while (true) {
+      const volatile Work& work = reader.wait();
+      if (work.ticket >= p_.key_blocks) return;
+      load(work);
+      reader.next_of_thread();
+    }
+  }
+
+private:
+  /// Queries before keys: their stages are free while the consumers still read the K and V before.
+  DEVICE void load(const volatile Work& work) {
+    QueryCursor at(work);
+    if (work.steps == 0) mbarrier_arrive(barriers_.work_wanted());
+    ROLLED
+    for (int left = work.steps; left > 0; --left) {
+      const bool first = left == work.steps;
+      if (left == 1) mbarrier_arrive(barriers_.work_wanted());
+      load_queries(work, at);
+      if (first)
+        load_keys<typename F::KTile>(work, &p_.k_map, F::at.k, barriers_.k_full(kv_.stage()),
+                                     barriers_.k_empty(kv_.stage()));
+      load_gradients(work, at);
+      if (first) {
+        load_keys<typename F::VTile>(work, &p_.v_map, F::at.v, barriers_.v_full(kv_.stage()),
+                                     barriers_.v_empty(kv_.stage()));
+        kv_.advance();
+      }
+      at.advance(work);
+    }
+  }
+
+  DEVICE void load_queries(const volatile Work& work, const QueryCursor& at) {
+    mbarrier_wait(barriers_.q_empty(q_.stage()), q_.phase() ^ 1);
+    const int64_t first_row = at.first_row(work, p_.padded_rows, Row::Br);
+    auto& step =
+        *reinterpret_cast<volatile Step*>(memory_ + F::at.steps + q_.stage() * backward_step_bytes);
+    step.first_row = first_row;
+    step.first_query = at.i * Row::Br;
+    step.on_edge = at.i < work.full_begin || at.i >= work.full_end;
+    step.head = work.head + at.head;
+    const uint32_t full = barriers_.q_full(q_.stage());
+    mbarrier_arrive_expect(full, F::QTile::bytes + F::stats_bytes);
+    bulk_load(shared_ + F::at.stats + q_.stage() * F::stats_bytes, p_.row_stats + first_row * 2,
+              F::stats_bytes, full);
+    load_rows<typename F::QTile>(F::at.q + q_.stage() * F::QTile::bytes, &p_.q_map, full,
+                                 work.first_q, at.i * Row::Br, work.seqlen_q, work.head + at.head,
+                                 work.batch);
+    q_.advance();
+  }
+
+  DEVICE void load_gradients(const volatile Work& work, const QueryCursor& at) {
+    const uint32_t full = barriers_.o_full(o_.stage());
+    mbarrier_wait(barriers_.o_empty(o_.stage()), o_.phase() ^ 1);
+    mbarrier_arrive_expect(full, F::OTile::bytes);
+    load_rows<typename F::OTile>(F::at.o + o_.stage() * F::OTile::bytes, &p_.dout_map, full,
+                                 work.first_q, at.i * Row::Br, work.seqlen_q, work.head + at.head,
+                                 work.batch);
+    o_.advance();
+  }
+
+  template <class Tile>
+  DEVICE void load_keys(const volatile Work& work, const TensorMap* map, int offset, uint32_t full,
+                        uint32_t empty) {
+    mbarrier_wait(empty, kv_.phase() ^ 1);
+    mbarrier_arrive_expect(full, Tile::bytes);
+    load_rows<Tile>(offset + kv_.stage() * Tile::bytes, map, full, work.first_k, work.first_key,
+                    work.seqlen_k, work.head_k, work.batch);
+  }
+
+  /// A tile of the rows from `row` on of a sequence that begins at row `first` of a packed tensor
+  /// and has `length` rows; rows past these are zeros.
+  template <class Tile>
+  DEVICE void load_rows(int offset, const TensorMap* map, uint32_t barrier, int first, int row,
+                        int length, int head, int batch) const {
+    const int valid = min(Tile::rows, length - row);
+    const int skip = Tile::rows - valid, end = first + row + valid;
+    ROLLED
+    for (int page = 0; page < Tile::pages; ++page)
+      tma_load_ragged(shared_ + offset + page * Tile::page_bytes, map, barrier,
+                      page * Tile::page_columns, skip, end, head, batch);
+  }
+
+  const BackwardParams& p_;
+  char* memory_;
+  uint32_t shared_;
+  BackwardBarriers<Row> barriers_;
+  Ring<Row::q_stages> q_;
+  Ring<Row::o_stages> o_;
+  Ring<Row::kv_stages> kv_;
+};
+
+/// Key blocks add to the dQ of a query block in the order of their index, so that dQ is the same
+/// from run to run. One warp for each consumer waits for the turn before the consumer needs it, and
+/// passes it on when the consumer has added its part. Blocks of lower index are handed out before
+/// those of higher, so that nobody waits for a block that cannot run.
+template <class Row>
+DEVICE void watch_turns(const BackwardParams& p, int consumer, const char* shared_memory) {
+  using F = Backward<Row>;
+  const BackwardBarriers<Row> barriers{shared_address(shared_memory) + F::at.barriers};
+  WorkReader<Row> reader(shared_memory);
+  ROLLED
+  while (true) {
+    const volatile Work& work = reader.wait();
+    if (work.ticket >= p.key_blocks) return;
+    QueryCursor at(work);
+    ROLLED
+    for (int left = work.steps; left > 0; --left) {
+      const KeyBlocks keys = key_blocks(at.i * Row::Br, Row::Br, Row::Bc, work.seqlen_q,
+                                        work.seqlen_k, p.window_left, p.window_right);
+      const int mine = work.first_key / Row::Bc - keys.begin;
+      int32_t* const turn =
+          p.turns + 2 * (at.first_row(work, p.padded_rows, Row::Br) / Row::Br) + consumer;
+      if (lane_index() == 0) {
+        while (load_relaxed(turn) != mine) {
+        }
+        __threadfence();
+        mbarrier_arrive(barriers.turn(consumer));
+      }
+      __syncwarp();
+      named_barrier_sync(first_turn_barrier + consumer, warpgroup_size + warp_size);
+      if (lane_index() == 0) add_release(turn);
+      at.advance(work);
+    }
+    reader.next();
+  }
+}
+
+} // namespace anyflash::sm90
