@@ -37,7 +37,7 @@ DEVICE void multiply(C& c, Begin begin, A a, B b) {
             mma_m16n8k16<T>(tile, rows[i], columns[2 * h], columns[2 * h + 1],
                             begin(c, i, 2 * j + h));
           else
-            mma_m16n8k16<T>(tile, rows[i], columns[2 * h], columns[2 * h + 1]);
+            mma_m16n8k16<T>(tile, rows[i], columns[2 * h], columns[2 * h + 1], tile);
         }
       }
     }
