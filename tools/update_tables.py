@@ -4,7 +4,8 @@ says whether they are current.
 usage: python tools/update_tables.py [--check]
 
 A table stands between <!-- table:NAME --> and <!-- /table:NAME -->:
-  gpu, options  from tests/device/record.json, which tools/gpu_check.py writes: native images
+  gpu, gpu-backward, options   from tests/device/record.json, which tools/gpu_check.py writes:
+                native images
   gpu-images, options-images   the same of the other images
   gpu-cudnn     the native images beside cuDNN
   cpu, cpu-backward   from bench/cpu_forward.json and bench/cpu_backward.json, which the
@@ -41,10 +42,14 @@ Cell = dict[str, Any]
 PEERS = {"fa2": "torch's FlashAttention-2", "cudnn": "cuDNN through torch"}
 
 
-def gpu_table(root: Path, native: bool = True, peer: str = "fa2") -> str:
+def gpu_table(
+    root: Path, native: bool = True, peer: str = "fa2", op: str = "forward", family: str = ""
+) -> str:
     """Speed over the grid, by image: ours, and how many times that of a peer."""
     parts = []
-    for section in sections(root, native):
+    for section in sections(root, native, op):
+        if family not in ("", section["family"]):
+            continue
         cells = [
             cell for cell in section.get("bench", []) if is_plain(cell) and peer in cell["peers"]
         ]
@@ -53,7 +58,7 @@ def gpu_table(root: Path, native: bool = True, peer: str = "fa2") -> str:
         ratios = [cell["ours"] / cell["peers"][peer] for cell in cells]
         image = IMAGES.get(section["image"], f"image {section['image']}")
         parts.append(
-            f"{section['gpu']}, {image}, driver {section['driver']}, {section['date']}: forward, "
+            f"{section['gpu']}, {image}, driver {section['driver']}, {section['date']}: {op}, "
             f"{cells[0]['dtype']}, {cells[0]['unit']} (in brackets: times the speed of "
             f"{PEERS[peer]} in the same run; geometric mean {geometric_mean(ratios):.2f})\n\n"
             + grid(cells, lambda c: c["ours"], lambda c: c["ours"] / c["peers"][peer])
@@ -165,6 +170,7 @@ def agreement_table(root: Path) -> str:
 Tables = dict[str, Callable[[Path], str]]
 TABLES: Tables = {
     "gpu": gpu_table,
+    "gpu-backward": partial(gpu_table, op="backward"),
     "options": option_table,
     "cpu": cpu_table,
     "cpu-backward": partial(cpu_table, op="backward"),
@@ -177,16 +183,20 @@ IMAGE_TABLES: Tables = {
 PAGES: dict[str, Tables] = {
     "README.md": TABLES,
     "docs/kernels/sm80_forward.md": IMAGE_TABLES,
-    "docs/kernels/sm90_forward.md": {"gpu-cudnn": partial(gpu_table, peer="cudnn")},
+    "docs/kernels/sm90_forward.md": {"gpu-cudnn": partial(gpu_table, peer="cudnn", family="sm90")},
+    "docs/kernels/sm90_backward.md": {
+        "gpu-backward-cudnn": partial(gpu_table, peer="cudnn", op="backward", family="sm90")
+    },
     "docs/transformers.md": {"agreement": agreement_table},
 }
 
 
-def sections(root: Path, native: bool) -> list[dict[str, Any]]:
-    """The record's sections of the forward: those of native images, or the others."""
+def sections(root: Path, native: bool, op: str = "forward") -> list[dict[str, Any]]:
+    """The record's sections of an operation: those of native images, or the others."""
     path = root / RECORD
     found = json.loads(path.read_text())["sections"] if path.is_file() else []
-    return [s for s in found if s["op"] == "fwd" and s["image"].startswith("sm_") == native]
+    name = {"forward": "fwd", "backward": "bwd"}[op]
+    return [s for s in found if s["op"] == name and s["image"].startswith("sm_") == native]
 
 
 def is_plain(cell: Cell) -> bool:
