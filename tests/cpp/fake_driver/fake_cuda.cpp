@@ -107,16 +107,16 @@ int ctx_pop_current(Context** context) {
   if (!stack.empty()) stack.pop_back();
   return 0;
 }
-int library_load_data(Kernel** library, const void* code, int*, void**, unsigned, int*, void**,
+int library_load_data(Library** library, const void* code, int*, void**, unsigned, int*, void**,
                       unsigned) {
   const std::lock_guard lock(state().mutex);
   state().capture_mode_at_load.push_back(capture_mode());
-  *library = new Kernel{static_cast<const char*>(code)};
+  *library = new Library{static_cast<const char*>(code), {}};
   return 0;
 }
-int library_get_kernel(Kernel** kernel, Kernel* library, const char* name) {
+int library_get_kernel(Kernel** kernel, Library* library, const char* name) {
   const std::lock_guard lock(state().mutex);
-  *kernel = new Kernel{library->image, name};
+  *kernel = &library->kernels.try_emplace(name, Kernel{library->image, name}).first->second;
   return std::string_view(name).starts_with("kernel") ? 0 : 500;
 }
 int kernel_get_function(void** function, Kernel* kernel) {

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -16,7 +17,12 @@ struct Context {
 
 struct Kernel {
   std::string image; // the bytes that it was loaded from
-  std::string name;  // of the entry; empty for a library
+  std::string name;  // of the entry
+};
+
+struct Library {
+  std::string image;
+  std::map<std::string, Kernel> kernels; // by name: who asks again gets the same one
 };
 
 struct Launch {
