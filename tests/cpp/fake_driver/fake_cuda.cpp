@@ -1,5 +1,7 @@
 #include "fake_cuda.h"
 
+#include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <string_view>
 
@@ -9,7 +11,7 @@ namespace {
 thread_local std::vector<Context*> stack;
 thread_local int mode = 0; // global
 
-Context primary[device_count] = {{0}, {1}};
+Context primary[device_count] = {{0}, {1}, {2}, {3}, {4}};
 
 struct Config { // CUlaunchConfig
   unsigned grid[3], block[3], shared_bytes;
@@ -38,12 +40,16 @@ using namespace fake_cuda;
 
 namespace {
 
+constexpr int launch_failed = 719;
+
 int get_error_name(int status, const char** text) {
-  *text = status == 700 ? "CUDA_ERROR_ILLEGAL_ADDRESS" : "CUDA_ERROR_OF_THE_FAKE";
+  *text = status == 700             ? "CUDA_ERROR_ILLEGAL_ADDRESS"
+          : status == launch_failed ? "CUDA_ERROR_LAUNCH_FAILED"
+                                    : "CUDA_ERROR_OF_THE_FAKE";
   return 0;
 }
-int get_error_string(int, const char** text) {
-  *text = "text of the fake";
+int get_error_string(int status, const char** text) {
+  *text = status == launch_failed ? state().failure.c_str() : "text of the fake";
   return 0;
 }
 int init(unsigned) { return 0; }
@@ -60,13 +66,17 @@ int device_get(int* device, int ordinal) {
   return ordinal < device_count ? 0 : 101;
 }
 int device_get_name(char* name, int length, int device) {
-  std::strncpy(name, device == 0 ? "Fake 9.0" : "Fake 8.0", static_cast<size_t>(length));
+  const int capability = capabilities[device];
+  std::snprintf(name, static_cast<size_t>(length), "Fake %d.%d", capability / 10, capability % 10);
   return 0;
+}
+int shared_kilobytes(int capability) {
+  return capability == 80 ? 163 : capability == 86 || capability == 120 ? 99 : 227;
 }
 int device_get_attribute(int* value, int attribute, int device) {
   switch (attribute) {
   case 16:
-    *value = 132;
+    *value = state().multiprocessors;
     return 0;
   case 75:
     *value = capabilities[device] / 10;
@@ -75,7 +85,7 @@ int device_get_attribute(int* value, int attribute, int device) {
     *value = capabilities[device] % 10;
     return 0;
   case 97:
-    *value = (device == 0 ? 227 : 163) * 1024;
+    *value = shared_kilobytes(capabilities[device]) * 1024;
     return 0;
   default:
     return 1;
@@ -129,7 +139,7 @@ int kernel_set_attribute(int attribute, int value, Kernel* kernel, int device) {
   return 0;
 }
 int launch_kernel_ex(const Config* config, Kernel* kernel, void** params, void**) {
-  const std::lock_guard lock(state().mutex);
+  const std::lock_guard lock(state().mutex); // kernels run one after the other
   if (const int status = state().fail_next_launch_with) {
     state().fail_next_launch_with = 0;
     return status;
@@ -142,6 +152,10 @@ int launch_kernel_ex(const Config* config, Kernel* kernel, void** params, void**
   std::memcpy(launch.block, config->block, sizeof launch.block);
   launch.shared_bytes = config->shared_bytes;
   launch.stream = config->stream;
+  if (state().execute) {
+    state().failure = state().execute(launch, params[0]);
+    return state().failure.empty() ? 0 : launch_failed;
+  }
   const auto* bytes = static_cast<const unsigned char*>(params[0]);
   launch.params.assign(bytes, bytes + state().params_bytes);
   state().launches.push_back(std::move(launch));
@@ -151,29 +165,28 @@ int exchange_capture_mode(int* other) {
   std::swap(mode, *other);
   return 0;
 }
-/// A map that shows what it was made from: address, sizes, strides, box.
-int tensor_map_encode_tiled(void* map, int type, uint32_t rank, void* address,
+int tensor_map_encode_tiled(void* encoded, int type, uint32_t rank, void* address,
                             const uint64_t* sizes, const uint64_t* strides, const uint32_t* box,
                             const uint32_t*, int, int swizzle, int, int) {
-  const bool valid = rank == 4 && reinterpret_cast<uintptr_t>(address) % 16 == 0 && address;
-  if (!valid || reinterpret_cast<uintptr_t>(map) % 64 != 0) return 1;
-  for (int i = 0; i < 3; ++i)
-    if (strides[i] == 0 || strides[i] % 16 != 0 || strides[i] >= uint64_t{1} << 40) return 1;
-  for (int i = 0; i < 4; ++i)
+  if (rank < 3 || rank > 5 || !address || reinterpret_cast<uintptr_t>(address) % 16 != 0 ||
+      reinterpret_cast<uintptr_t>(encoded) % 64 != 0)
+    return 1;
+  TensorMap map{};
+  map.data = static_cast<char*>(address);
+  map.rank = static_cast<uint8_t>(rank);
+  map.type = static_cast<uint8_t>(type);
+  map.swizzle_bytes = static_cast<uint8_t>(16 << swizzle); // 1: 32, 2: 64, 3: 128
+  for (uint32_t i = 0; i < rank; ++i) {
     if (sizes[i] == 0 || sizes[i] > uint64_t{1} << 32 || box[i] == 0 || box[i] > 256) return 1;
-  const uint64_t words[16] = {reinterpret_cast<uintptr_t>(address),
-                              sizes[0],
-                              sizes[1],
-                              sizes[2],
-                              sizes[3],
-                              strides[0],
-                              strides[1],
-                              strides[2],
-                              box[0],
-                              box[1],
-                              static_cast<uint64_t>(type),
-                              static_cast<uint64_t>(swizzle)};
-  std::memcpy(map, words, sizeof words);
+    map.sizes[i] = static_cast<uint32_t>(std::min<uint64_t>(sizes[i], UINT32_MAX));
+    map.box[i] = static_cast<uint16_t>(box[i]);
+  }
+  for (uint32_t i = 0; i + 1 < rank; ++i) {
+    if (strides[i] == 0 || strides[i] % 16 != 0 || strides[i] >= uint64_t{1} << 40) return 1;
+    map.strides[i] = strides[i];
+  }
+  if (box[0] * 2 % 16 != 0 || (swizzle && box[0] * 2 > map.swizzle_bytes)) return 1;
+  std::memcpy(encoded, &map, sizeof map);
   return 0;
 }
 

@@ -1,9 +1,12 @@
-// A libcuda without a GPU: two devices that record what is asked of them. It has the soname of the
-// real one, so that the library's dlopen finds it in a process that links it.
+// A libcuda without a GPU: devices that record what is asked of them, and run kernels if somebody
+// says how. It has the soname of the real one, so that the library's dlopen finds it in a process
+// that links it.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <string>
@@ -39,8 +42,24 @@ struct AttributeSet {
   int attribute = 0, value = 0, device = 0;
 };
 
+/// What this driver writes into a CUtensorMap: what it was made from.
+struct TensorMap {
+  char* data;
+  uint64_t strides[4]; // bytes, of dimensions 1 to 4
+  uint32_t sizes[5];
+  uint16_t box[5];
+  uint8_t rank, type, swizzle_bytes;
+};
+static_assert(sizeof(TensorMap) <= 128);
+
+/// Runs a kernel: its place in `params`, its blocks. A text: it failed.
+using Execute = std::function<std::string(const Launch&, const void* params)>;
+
 struct State {
   std::mutex mutex;
+  Execute execute;           // empty: launches are only recorded
+  std::string failure;       // of the last launch that failed
+  int multiprocessors = 132; // of every device; read once
   std::vector<Launch> launches;
   std::vector<AttributeSet> attributes;
   std::vector<int> capture_mode_at_load;
@@ -50,8 +69,8 @@ struct State {
 
 State& state();
 Context* primary_context(int device);
-constexpr int device_count = 2;
-constexpr int capabilities[device_count] = {90, 80};
+constexpr int capabilities[] = {90, 80, 86, 100, 120}; // of the devices
+constexpr int device_count = std::size(capabilities);
 
 /// The context that is current on this thread; null if there is none.
 Context* current_context();

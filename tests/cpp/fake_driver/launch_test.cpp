@@ -138,15 +138,10 @@ const Row& hopper_row(int d, int dv) {
   throw std::logic_error("no such row");
 }
 
-/// What the fake driver keeps in a tensor map.
-struct MapWords {
-  uint64_t address, sizes[4], strides[3], box[2], type, swizzle;
-};
-
-MapWords words_of(const sm90::TensorMap& map) {
-  MapWords words;
-  std::memcpy(&words, &map, sizeof words);
-  return words;
+fake_cuda::TensorMap decoded(const sm90::TensorMap& map) {
+  fake_cuda::TensorMap result;
+  std::memcpy(&result, &map, sizeof result);
+  return result;
 }
 
 TEST_F(LaunchTest, HopperGetsTensorMaps) {
@@ -164,15 +159,16 @@ TEST_F(LaunchTest, HopperGetsTensorMaps) {
   EXPECT_EQ(launches()[0].kernel->image, "hopper");
   sm90::ForwardParams params;
   std::memcpy(static_cast<void*>(&params), launches()[0].params.data(), sizeof params);
-  const MapWords k = words_of(params.k_map);
-  EXPECT_EQ(k.address, 0x2000u);
-  EXPECT_EQ(std::vector<uint64_t>(k.sizes, k.sizes + 4), (std::vector<uint64_t>{192, 1000, 2, 2}));
+  const fake_cuda::TensorMap k = decoded(params.k_map);
+  EXPECT_EQ(k.data, reinterpret_cast<char*>(0x2000));
+  EXPECT_EQ(k.rank, 4);
+  EXPECT_EQ(std::vector<uint32_t>(k.sizes, k.sizes + 4), (std::vector<uint32_t>{192, 1000, 2, 2}));
   EXPECT_EQ(std::vector<uint64_t>(k.strides, k.strides + 3),
             (std::vector<uint64_t>{2 * 192 * 2, 192 * 2, 1000 * 2 * 192 * 2}));
   EXPECT_EQ(k.box[0], 64u) << "a page of the shared tile";
-  EXPECT_EQ(k.box[1], static_cast<uint64_t>(row.Bc));
-  EXPECT_EQ(words_of(params.q_map).box[1], static_cast<uint64_t>(row.Br));
-  EXPECT_EQ(words_of(params.o_map).box[1], 16u) << "what one warp writes";
+  EXPECT_EQ(k.box[1], row.Bc);
+  EXPECT_EQ(decoded(params.q_map).box[1], row.Br);
+  EXPECT_EQ(decoded(params.o_map).box[1], 16u) << "what one warp writes";
   EXPECT_EQ(params.order.grid, 64);
 }
 
@@ -186,9 +182,9 @@ TEST_F(LaunchTest, HopperWithoutKeysGetsMapsOfMemoryThatIsThere) {
   launch(plan_of(row, 0), p, nullptr, nullptr);
   sm90::ForwardParams params;
   std::memcpy(static_cast<void*>(&params), launches()[0].params.data(), sizeof params);
-  EXPECT_EQ(words_of(params.k_map).address, 0x1000u);
-  EXPECT_EQ(words_of(params.k_map).sizes[1], 1u);
-  EXPECT_EQ(words_of(params.k_map).box[0], 32u)
+  EXPECT_EQ(decoded(params.k_map).data, reinterpret_cast<char*>(0x1000));
+  EXPECT_EQ(decoded(params.k_map).sizes[1], 1u);
+  EXPECT_EQ(decoded(params.k_map).box[0], 32u)
       << "pages of 32 columns where d is no multiple of 64";
 }
 

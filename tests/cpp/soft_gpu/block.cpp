@@ -1,0 +1,288 @@
+#include "block.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <mutex>
+#include <thread>
+
+namespace soft_gpu {
+namespace {
+
+thread_local Block* at_work = nullptr;
+
+/// So long may all threads of a block look at memory that does not change.
+constexpr auto patience = std::chrono::seconds(60);
+
+} // namespace
+
+Block& block() { return *at_work; }
+
+void Block::run_thread() {
+  Block& self = *at_work;
+  self.launch->entry(self.launch->params);
+  self.thread_is_over();
+}
+
+void Block::begin(const Launch& new_launch, Index new_index) {
+  launch = &new_launch;
+  index = new_index;
+  window = nullptr;
+  mbarriers.clear();
+  named_.clear();
+  copies_.clear();
+  fault_.clear();
+  random_.seed(new_launch.seed + 7919 * new_index.x);
+  count_ = alive_ = static_cast<int>(new_launch.threads);
+  while (threads_.size() < new_launch.threads) threads_.push_back(std::make_unique<Thread>());
+  for (int i = 0; i < count_; ++i) {
+    Thread& thread = *threads_[static_cast<size_t>(i)];
+    thread.fiber.start(run_thread);
+    thread.index = {static_cast<unsigned>(i), 0, 0};
+    thread.state = Thread::ready;
+    thread.copies.clear();
+    thread.copy_group = thread.bulk_group = 0;
+  }
+  const auto divide = [&](std::vector<Team>& teams, int size) {
+    teams.assign(static_cast<size_t>((count_ + size - 1) / size), Team{});
+    for (size_t i = 0; i < teams.size(); ++i) {
+      teams[i].first = static_cast<int>(i) * size;
+      teams[i].size = size;
+      teams[i].brought.assign(static_cast<size_t>(size), nullptr);
+    }
+  };
+  divide(warps_, warp_lanes);
+  divide(warpgroups_, warpgroup_lanes);
+  products_.assign(warpgroups_.size(), Products{});
+}
+
+void Block::run(const Launch& new_launch, Index new_index) {
+  at_work = this;
+  begin(new_launch, new_index);
+  auto last_progress = std::chrono::steady_clock::now();
+  while (!all_over()) {
+    std::vector<size_t> candidates;
+    for (size_t w = 0; w < warps_.size(); ++w)
+      for (int i = warps_[w].first; i < std::min(warps_[w].first + warp_lanes, count_); ++i)
+        if (threads_[static_cast<size_t>(i)]->state == Thread::ready) {
+          candidates.push_back(w);
+          break;
+        }
+    bool moved = false;
+    if (!candidates.empty()) moved = run_warp(candidates[random_() % candidates.size()]);
+    if (!fault_.empty()) break;
+    while (!copies_.empty() && (candidates.empty() || chance())) {
+      run_copy(random_() % copies_.size());
+      moved = true;
+      if (candidates.empty()) break;
+    }
+    if (!fault_.empty()) break;
+    const auto now = std::chrono::steady_clock::now();
+    if (moved) {
+      last_progress = now;
+    } else if (candidates.empty() && !all_over()) {
+      fault_ = "deadlock" + who_waits();
+      break;
+    } else {
+      std::this_thread::yield();
+      if (now - last_progress > patience) {
+        fault_ = "threads look at memory that does not change" + who_waits();
+        break;
+      }
+    }
+  }
+  if (fault_.empty()) end();
+  if (!fault_.empty())
+    throw std::runtime_error("block " + std::to_string(index.x) + ": " + fault_);
+}
+
+/// What must not be left when a block is over.
+void Block::end() {
+  if (!copies_.empty())
+    fault_ = "the block is over, and a copy that uses its shared memory is not";
+  for (const Products& products : products_)
+    if (!products.sums.empty()) fault_ = "a warpgroup is over, and a product of it is not";
+}
+
+/// Runs the ready lanes of a warp, one after the other, a few times. True if one did anything but
+/// look at memory.
+bool Block::run_warp(size_t warp) {
+  bool moved = false;
+  const int first = warps_[warp].first, last = std::min(first + warp_lanes, count_);
+  for (unsigned rounds = 1 + static_cast<unsigned>(random_() % 64); rounds > 0; --rounds) {
+    bool any = false, looked = false;
+    for (int i = first; i < last; ++i) {
+      Thread& thread = *threads_[static_cast<size_t>(i)];
+      if (thread.state != Thread::ready) continue;
+      current_ = i;
+      yielded_ = false;
+      inside_ = true;
+      thread.fiber.resume();
+      inside_ = false;
+      if (!fault_.empty()) return true;
+      any = true;
+      looked |= yielded_;
+      moved |= !yielded_;
+    }
+    if (!any || looked) break;
+  }
+  return moved;
+}
+
+std::string Block::who_waits() const {
+  std::map<std::string, std::vector<int>> waits;
+  for (int i = 0; i < count_; ++i) {
+    const Thread& thread = *threads_[static_cast<size_t>(i)];
+    if (thread.state == Thread::over) continue;
+    std::string what = thread.state == Thread::ready ? "looks at memory" : thread.waits_for;
+    if (thread.state == Thread::waiting && thread.waits_at)
+      what += " " + std::to_string(thread.waits_at);
+    waits[what].push_back(i);
+  }
+  std::string text;
+  for (const auto& [what, threads] : waits)
+    text += "; " + std::to_string(threads.size()) + " threads from " +
+            std::to_string(threads.front()) + " to " + std::to_string(threads.back()) + ": " + what;
+  return text;
+}
+
+void Block::fail(const std::string& what) {
+  if (!inside_) throw std::runtime_error("block " + std::to_string(index.x) + ": " + what);
+  fault_ = "thread " + std::to_string(current_) + ": " + what;
+  while (true) Fiber::stop(); // nobody resumes it
+}
+
+void Block::wait(const char* what, uint32_t at) {
+  self().state = Thread::waiting;
+  self().waits_for = what;
+  self().waits_at = at;
+  Fiber::stop();
+}
+
+void Block::yield() {
+  yielded_ = true;
+  Fiber::stop();
+}
+
+void Block::wake(std::vector<int>& threads) {
+  for (int i : threads) threads_[static_cast<size_t>(i)]->state = Thread::ready;
+  threads.clear();
+}
+
+/// A thread is over: those that are left do without it.
+void Block::thread_is_over() {
+  Thread& thread = self();
+  if (std::any_of(copies_.begin(), copies_.end(),
+                  [&](const Copy& copy) { return copy.thread == current_; }))
+    fault_ = "thread " + std::to_string(current_) +
+             " is over, and shared memory that it copies from may be gone before the copy";
+  thread.state = Thread::over;
+  --alive_;
+  for (Team* team : {&warp(), &warpgroup()})
+    if (team->arrived > 0) fault_ = "thread " + std::to_string(current_) +
+                                    " is over, and its warp waits for it to do something together";
+  if (NamedBarrier& all = named_[0]; all.arrived > 0 && all.arrived == alive_) {
+    all.arrived = 0;
+    wake(all.waiting);
+  }
+}
+
+void Block::together(Team& team, Act act, void* mine, const char* name) {
+  if (team.arrived > 0 && team.act != act)
+    fail(std::string("lanes of a ") + name + " do different things together");
+  team.act = act;
+  team.brought[static_cast<size_t>(current_ - team.first)] = mine ? mine : &team;
+  ++team.arrived;
+  int here = 0;
+  for (int i = team.first; i < std::min(team.first + team.size, count_); ++i)
+    here += threads_[static_cast<size_t>(i)]->state != Thread::over;
+  if (team.arrived < here) return wait(name);
+  act(team.brought.data());
+  team.arrived = 0;
+  std::fill(team.brought.begin(), team.brought.end(), nullptr);
+  for (int i = team.first; i < std::min(team.first + team.size, count_); ++i) {
+    Thread& thread = *threads_[static_cast<size_t>(i)];
+    if (thread.state == Thread::waiting) thread.state = Thread::ready;
+  }
+}
+
+void Block::barrier(int id, int threads, bool waits) {
+  NamedBarrier& barrier = named_[id];
+  const int wanted = threads ? threads : alive_;
+  if (wanted % warp_lanes && threads) fail("a named barrier of a number of threads that is no multiple of 32");
+  if (barrier.arrived > 0 && barrier.threads != wanted && threads)
+    fail("threads come to a named barrier with different numbers of threads");
+  barrier.threads = wanted;
+  if (++barrier.arrived == wanted) {
+    barrier.arrived = 0;
+    return wake(barrier.waiting);
+  }
+  if (!waits) return;
+  barrier.waiting.push_back(current_);
+  wait("named barrier", static_cast<uint32_t>(id));
+}
+
+MBarrier& Block::mbarrier(uint32_t address) {
+  const auto found = mbarriers.find(address);
+  if (found == mbarriers.end()) fail("no mbarrier at " + std::to_string(address));
+  return found->second;
+}
+
+/// Ends the phase if everything has come.
+void Block::settle(MBarrier& barrier) {
+  if (barrier.missing > 0 || barrier.bytes != 0) return;
+  if (barrier.missing < 0) fail("more arrivals at an mbarrier than it counts");
+  ++barrier.phase;
+  barrier.missing = barrier.arrivals;
+  wake(barrier.waiting);
+}
+
+void Block::start_copy(Copy copy) { copies_.push_back(std::move(copy)); }
+
+void Block::run_copy(size_t i) {
+  const Copy copy = std::move(copies_[i]);
+  copies_.erase(copies_.begin() + static_cast<std::ptrdiff_t>(i));
+  copy.run();
+  if (!copy.barrier) return;
+  MBarrier& barrier = mbarriers.at(copy.barrier);
+  barrier.bytes -= copy.bytes;
+  if (barrier.bytes == 0 && barrier.missing == 0) settle(barrier);
+}
+
+/// Everything that a thread has in its bulk groups up to `group`.
+void Block::finish_copies(int thread, int group) {
+  for (size_t i = 0; i < copies_.size();) {
+    if (copies_[i].thread == thread && copies_[i].group <= group)
+      run_copy(i);
+    else
+      ++i;
+  }
+}
+
+void run_grid(const Launch& launch) {
+  const unsigned blocks = launch.grid.x * launch.grid.y * launch.grid.z;
+  std::atomic<unsigned> next{0};
+  std::mutex mutex;
+  std::string fault;
+  const auto work = [&] {
+    static thread_local Block own;
+    for (unsigned i; (i = next++) < blocks;) {
+      try {
+        own.run(launch, {i % launch.grid.x, i / launch.grid.x % launch.grid.y,
+                         i / launch.grid.x / launch.grid.y});
+      } catch (const std::exception& error) {
+        const std::lock_guard lock(mutex);
+        if (fault.empty()) fault = error.what();
+        next = blocks;
+      }
+    }
+  };
+  std::vector<std::thread> helpers;
+  const unsigned processors = std::max(1u, std::min(blocks, std::thread::hardware_concurrency()));
+  for (unsigned i = 1; i < processors; ++i) helpers.emplace_back(work);
+  work();
+  for (std::thread& helper : helpers) helper.join();
+  if (!fault.empty()) throw std::runtime_error(fault);
+}
+
+} // namespace soft_gpu

@@ -1,0 +1,153 @@
+// One thread block at work: its threads, its barriers, its shared memory, and what is on its way.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "fiber.h"
+#include "machine.h"
+
+namespace soft_gpu {
+
+using Entry = void (*)(const void* params);
+
+/// A launch: what all of its blocks share.
+struct Launch {
+  Entry entry;
+  const void* params;
+  Index grid;
+  unsigned threads, shared_bytes;
+  unsigned seed;
+};
+
+/// A copy by the copy engine: `run` does it.
+struct Copy {
+  std::function<void()> run;
+  uint32_t barrier = 0, bytes = 0; // of a load
+  int thread = -1, group = 0;      // of a store: whose, and in which bulk group
+};
+
+/// A copy of 16 bytes that a thread has started.
+struct SmallCopy {
+  uint32_t shared;
+  const void* global;
+  bool valid;
+  int group;
+};
+
+struct Thread {
+  enum State { ready, waiting, over };
+  Fiber fiber;
+  Index index{};
+  State state = over;
+  const char* waits_for = "";
+  uint32_t waits_at = 0;
+  std::deque<SmallCopy> copies;
+  int copy_group = 0, bulk_group = 0;
+};
+
+/// Threads that do things together: a warp, or a warpgroup.
+struct Team {
+  int first = 0, size = 0;
+  int arrived = 0;
+  Act act = nullptr;
+  std::vector<void*> brought;
+};
+
+struct NamedBarrier {
+  int arrived = 0, threads = 0;
+  std::vector<int> waiting;
+};
+
+struct MBarrier {
+  int64_t arrivals = 0; // of each phase
+  int64_t missing = 0;
+  int64_t bytes = 0;
+  uint32_t phase = 0;
+  std::vector<int> waiting;
+};
+
+/// A product on its way, of one warpgroup.
+struct RunningProduct {
+  Product lanes[warpgroup_lanes];
+  std::vector<uint32_t> a; // fragments as they were when it started, 4 a lane
+  int group;
+  bool done = false;
+};
+
+/// The accumulators of products on their way, [64, n]: the registers are NaN meanwhile.
+struct RunningSum {
+  int n;
+  std::vector<float> values;
+};
+
+struct Products {
+  std::deque<RunningProduct> running;
+  std::map<float*, RunningSum> sums; // by the registers of lane 0
+  int group = 0;                     // of the next product
+};
+
+class Block {
+public:
+  /// Runs one block after the other; throws what() of the first fault.
+  void run(const Launch& launch, Index index);
+
+  // For threads of the block; see machine.h.
+  void together(Team& team, Act act, void* mine, const char* name);
+  void barrier(int id, int threads, bool waits);
+  MBarrier& mbarrier(uint32_t address);
+  void settle(MBarrier& barrier);
+  void wait(const char* what, uint32_t at = 0);
+  void yield();
+  void wake(std::vector<int>& threads);
+  void start_copy(Copy copy);
+  void run_copy(size_t i);
+  void finish_copies(int thread, int group);
+  [[noreturn]] void fail(const std::string& what);
+
+  Thread& self() { return *threads_[static_cast<size_t>(current_)]; }
+  int self_number() const { return current_; }
+  Team& warp() { return warps_[static_cast<size_t>(current_ / warp_lanes)]; }
+  Team& warpgroup() { return warpgroups_[static_cast<size_t>(current_ / warpgroup_lanes)]; }
+  Products& products() { return products_[static_cast<size_t>(current_ / warpgroup_lanes)]; }
+  bool chance() { return random_() & 1; }
+
+  const Launch* launch = nullptr;
+  Index index{};
+  char* window = nullptr; // the array in shared memory, once its address was asked for
+  std::map<uint32_t, MBarrier> mbarriers;
+
+private:
+  void begin(const Launch& launch, Index index);
+  void end();
+  bool run_warp(size_t warp);
+  void thread_is_over();
+  bool all_over() const { return alive_ == 0; }
+  std::string who_waits() const;
+  static void run_thread();
+
+  std::vector<std::unique_ptr<Thread>> threads_;
+  std::vector<Team> warps_, warpgroups_;
+  std::vector<Products> products_;
+  std::map<int, NamedBarrier> named_;
+  std::deque<Copy> copies_;
+  std::minstd_rand random_;
+  int current_ = 0, count_ = 0, alive_ = 0;
+  bool yielded_ = false, inside_ = false; // of a thread
+  std::string fault_;
+};
+
+/// The block that this thread of the processor works on.
+Block& block();
+
+/// All blocks of a grid, on all processors. Throws std::runtime_error.
+void run_grid(const Launch& launch);
+
+} // namespace soft_gpu
