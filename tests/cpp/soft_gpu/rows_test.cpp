@@ -40,10 +40,21 @@ std::string execute(const fake_cuda::Launch& launch, const void* params) {
   }
 }
 
+/// The normal form that kernels rely on, as validate() makes it.
+void normalise(Problem& p) {
+  for (View* view : {&p.q, &p.k, &p.v, &p.o, &p.dout, &p.dq, &p.dk, &p.dv_out}) {
+    if (p.packed) view->batch = 0;
+    const int64_t bits = reinterpret_cast<intptr_t>(view->data) / 2 | view->batch | view->row |
+                         view->head | p.d | p.dv;
+    p.aligned = p.aligned && bits % 8 == 0;
+  }
+}
+
 /// Plans and runs on a GPU whose memory is the host's. The rows that ran.
 void run(Problem problem, int device) {
   problem.device_type = ANYFLASH_CUDA;
   problem.device_index = device;
+  normalise(problem);
   const anyflash_device gpu = get_gpu(device);
   const anyflash_plan plan = make_plan(problem, gpu);
   void* const workspace = std::aligned_alloc(256, (plan.workspace_bytes + 511) / 256 * 256);
