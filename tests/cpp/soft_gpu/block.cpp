@@ -43,17 +43,8 @@ void Block::begin(const Launch& new_launch, Index new_index) {
     thread.copies.clear();
     thread.copy_group = thread.bulk_group = 0;
   }
-  const auto divide = [&](std::vector<Team>& teams, int size) {
-    teams.assign(static_cast<size_t>((count_ + size - 1) / size), Team{});
-    for (size_t i = 0; i < teams.size(); ++i) {
-      teams[i].first = static_cast<int>(i) * size;
-      teams[i].size = size;
-      teams[i].brought.assign(static_cast<size_t>(size), nullptr);
-    }
-  };
-  divide(warps_, warp_lanes);
-  divide(warpgroups_, warpgroup_lanes);
-  products_.assign(warpgroups_.size(), Products{});
+  warps_.assign(static_cast<size_t>((count_ + warp_lanes - 1) / warp_lanes), Warp{});
+  products_ = std::vector<Products>((warps_.size() + warpgroup_warps - 1) / warpgroup_warps);
 }
 
 void Block::run(const Launch& new_launch, Index new_index) {
@@ -63,11 +54,7 @@ void Block::run(const Launch& new_launch, Index new_index) {
   while (!all_over()) {
     std::vector<size_t> candidates;
     for (size_t w = 0; w < warps_.size(); ++w)
-      for (int i = warps_[w].first; i < std::min(warps_[w].first + warp_lanes, count_); ++i)
-        if (threads_[static_cast<size_t>(i)]->state == Thread::ready) {
-          candidates.push_back(w);
-          break;
-        }
+      if (is_ready(w)) candidates.push_back(w);
     bool moved = false;
     if (!candidates.empty()) moved = run_warp(candidates[random_() % candidates.size()]);
     if (!fault_.empty()) break;
@@ -96,28 +83,33 @@ void Block::run(const Launch& new_launch, Index new_index) {
     throw std::runtime_error("block " + std::to_string(index.x) + ": " + fault_);
 }
 
+bool Block::is_ready(size_t warp) const {
+  const auto lanes = lanes_of(warp);
+  return std::any_of(lanes.begin(), lanes.end(), [](const std::unique_ptr<Thread>& thread) {
+    return thread->state == Thread::ready;
+  });
+}
+
 /// What must not be left when a block is over.
 void Block::end() {
   if (!copies_.empty())
     fault_ = "the block is over, and a copy that uses its shared memory is not";
   for (const Products& products : products_)
-    if (!products.sums.empty()) fault_ = "a warpgroup is over, and a product of it is not";
+    if (!products.running.empty()) fault_ = "a warpgroup is over, and a product of it is not";
 }
 
 /// Runs the ready lanes of a warp, one after the other, a few times. True if one did anything but
 /// look at memory.
 bool Block::run_warp(size_t warp) {
   bool moved = false;
-  const int first = warps_[warp].first, last = std::min(first + warp_lanes, count_);
   for (unsigned rounds = 1 + static_cast<unsigned>(random_() % 64); rounds > 0; --rounds) {
     bool any = false, looked = false;
-    for (int i = first; i < last; ++i) {
-      Thread& thread = *threads_[static_cast<size_t>(i)];
-      if (thread.state != Thread::ready) continue;
-      current_ = i;
+    for (const std::unique_ptr<Thread>& thread : lanes_of(warp)) {
+      if (thread->state != Thread::ready) continue;
+      current_ = static_cast<int>(thread->index.x);
       yielded_ = false;
       inside_ = true;
-      thread.fiber.resume();
+      thread->fiber.resume();
       inside_ = false;
       if (!fault_.empty()) return true;
       any = true;
@@ -178,32 +170,31 @@ void Block::thread_is_over() {
              " is over, and shared memory that it copies from may be gone before the copy";
   thread.state = Thread::over;
   --alive_;
-  for (Team* team : {&warp(), &warpgroup()})
-    if (team->arrived > 0) fault_ = "thread " + std::to_string(current_) +
-                                    " is over, and its warp waits for it to do something together";
+  if (warp().arrived > 0)
+    fault_ = "thread " + std::to_string(current_) +
+             " is over, and its warp waits for it to do something together";
   if (NamedBarrier& all = named_[0]; all.arrived > 0 && all.arrived == alive_) {
     all.arrived = 0;
     wake(all.waiting);
   }
 }
 
-void Block::together(Team& team, Act act, void* mine, const char* name) {
-  if (team.arrived > 0 && team.act != act)
-    fail(std::string("lanes of a ") + name + " do different things together");
-  team.act = act;
-  team.brought[static_cast<size_t>(current_ - team.first)] = mine ? mine : &team;
-  ++team.arrived;
-  int here = 0;
-  for (int i = team.first; i < std::min(team.first + team.size, count_); ++i)
-    here += threads_[static_cast<size_t>(i)]->state != Thread::over;
-  if (team.arrived < here) return wait(name);
-  act(team.brought.data());
-  team.arrived = 0;
-  std::fill(team.brought.begin(), team.brought.end(), nullptr);
-  for (int i = team.first; i < std::min(team.first + team.size, count_); ++i) {
-    Thread& thread = *threads_[static_cast<size_t>(i)];
-    if (thread.state == Thread::waiting) thread.state = Thread::ready;
-  }
+void Block::together(Act act, void* mine) {
+  Warp& warp = this->warp();
+  if (warp.arrived > 0 && warp.act != act) fail("lanes of a warp do different things together");
+  warp.act = act;
+  warp.brought[static_cast<size_t>(current_ % warp_lanes)] = mine ? mine : &warp;
+  ++warp.arrived;
+  const auto lanes = lanes_of(static_cast<size_t>(current_ / warp_lanes));
+  const auto here = std::count_if(lanes.begin(), lanes.end(), [](const auto& thread) {
+    return thread->state != Thread::over;
+  });
+  if (warp.arrived < here) return wait("lanes of its warp");
+  act(warp.brought.data());
+  warp.arrived = 0;
+  warp.brought.fill(nullptr);
+  for (const std::unique_ptr<Thread>& thread : lanes)
+    if (thread->state == Thread::waiting) thread->state = Thread::ready;
 }
 
 void Block::barrier(int id, int threads, bool waits) {

@@ -1,12 +1,15 @@
 // One thread block at work: its threads, its barriers, its shared memory, and what is on its way.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <deque>
 #include <functional>
 #include <map>
 #include <memory>
 #include <random>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -53,12 +56,11 @@ struct Thread {
   int copy_group = 0, bulk_group = 0;
 };
 
-/// Threads that do things together: a warp, or a warpgroup.
-struct Team {
-  int first = 0, size = 0;
+/// What the lanes of a warp are about to do together.
+struct Warp {
   int arrived = 0;
   Act act = nullptr;
-  std::vector<void*> brought;
+  std::array<void*, warp_lanes> brought{};
 };
 
 struct NamedBarrier {
@@ -74,24 +76,35 @@ struct MBarrier {
   std::vector<int> waiting;
 };
 
-/// A product on its way, of one warpgroup.
-struct RunningProduct {
-  Product lanes[warpgroup_lanes];
-  std::vector<uint32_t> a; // fragments as they were when it started, 4 a lane
-  int group;
-  bool done = false;
-};
-
-/// The accumulators of products on their way, [64, n]: the registers are NaN meanwhile.
-struct RunningSum {
+/// The accumulators of products on their way, [64, n]; the registers are NaN meanwhile.
+struct Sum {
   int n;
   std::vector<float> values;
 };
 
+constexpr int warpgroup_warps = warpgroup_lanes / warp_lanes;
+
+/// A product on its way. It runs some time after all four warps have started it.
+struct RunningProduct {
+  Product lanes[warpgroup_lanes];
+  uint32_t a[warpgroup_lanes][4]; // fragments as they were when it was started
+  int group;
+  int started = 0, retired = 0; // warps
+  bool done = false;
+  std::shared_ptr<Sum> sum;
+};
+
+/// The products of a warpgroup. Each warp starts, commits and waits for itself.
 struct Products {
+  struct Warp {
+    size_t started = 0, retired = 0; // products
+    int group = 0;                   // of the next one
+    std::map<float*, std::shared_ptr<Sum>> sums; // by the registers of its first lane
+  };
+  Warp warps[warpgroup_warps];
   std::deque<RunningProduct> running;
-  std::map<float*, RunningSum> sums; // by the registers of lane 0
-  int group = 0;                     // of the next product
+  size_t first = 0; // number of the first of these
+  std::vector<int> waiting;
 };
 
 class Block {
@@ -100,7 +113,7 @@ public:
   void run(const Launch& launch, Index index);
 
   // For threads of the block; see machine.h.
-  void together(Team& team, Act act, void* mine, const char* name);
+  void together(Act act, void* mine);
   void barrier(int id, int threads, bool waits);
   MBarrier& mbarrier(uint32_t address);
   void settle(MBarrier& barrier);
@@ -114,8 +127,7 @@ public:
 
   Thread& self() { return *threads_[static_cast<size_t>(current_)]; }
   int self_number() const { return current_; }
-  Team& warp() { return warps_[static_cast<size_t>(current_ / warp_lanes)]; }
-  Team& warpgroup() { return warpgroups_[static_cast<size_t>(current_ / warpgroup_lanes)]; }
+  Warp& warp() { return warps_[static_cast<size_t>(current_ / warp_lanes)]; }
   Products& products() { return products_[static_cast<size_t>(current_ / warpgroup_lanes)]; }
   bool chance() { return random_() & 1; }
 
@@ -128,13 +140,18 @@ private:
   void begin(const Launch& launch, Index index);
   void end();
   bool run_warp(size_t warp);
+  bool is_ready(size_t warp) const;
+  std::span<const std::unique_ptr<Thread>> lanes_of(size_t warp) const {
+    return std::span(threads_).subspan(warp * warp_lanes).first(
+        std::min<size_t>(warp_lanes, static_cast<size_t>(count_) - warp * warp_lanes));
+  }
   void thread_is_over();
   bool all_over() const { return alive_ == 0; }
   std::string who_waits() const;
   static void run_thread();
 
   std::vector<std::unique_ptr<Thread>> threads_;
-  std::vector<Team> warps_, warpgroups_;
+  std::vector<Warp> warps_;
   std::vector<Products> products_;
   std::map<int, NamedBarrier> named_;
   std::deque<Copy> copies_;

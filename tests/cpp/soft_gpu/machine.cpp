@@ -32,12 +32,7 @@ Index grid_size() { return block().launch->grid; }
 void fault(const char* what) { block().fail(what); }
 void yield() { block().yield(); }
 
-void warp_together(Act act, void* mine) {
-  block().together(block().warp(), act, mine, "warp");
-}
-void warpgroup_together(Act act, void* mine) {
-  block().together(block().warpgroup(), act, mine, "warpgroup");
-}
+void warp_together(Act act, void* mine) { block().together(act, mine); }
 
 // Shared memory
 
@@ -269,7 +264,8 @@ private:
   bool by_rows_;
 };
 
-void compute(RunningProduct& product, RunningSum& sum) {
+void compute(RunningProduct& product) {
+  Sum& sum = *product.sum;
   const Product& first = product.lanes[0];
   float a[rows][depth];
   if (first.a) {
@@ -277,7 +273,7 @@ void compute(RunningProduct& product, RunningSum& sum) {
       for (int e = 0; e < 4; ++e)
         for (int half = 0; half < 2; ++half) {
           const int row = lane / 32 * 16 + lane % 32 / 4 + e % 2 * 8;
-          const uint32_t pair = product.a[static_cast<size_t>(4 * lane + e)];
+          const uint32_t pair = product.a[lane][e];
           a[row][lane % 4 * 2 + e / 2 * 8 + half] =
               to_float(static_cast<uint16_t>(pair >> 16 * half), first.is_bf16);
         }
@@ -309,92 +305,121 @@ size_t place_of(int lane, int i, int n) {
   return static_cast<size_t>(row * n + i / 4 * 8 + lane % 4 * 2 + i % 2);
 }
 
+/// Those that all warps have started may run, in their order.
 void run_products(Products& products, int last_group) {
-  for (RunningProduct& product : products.running)
-    if (!product.done && product.group <= last_group)
-      compute(product, products.sums.at(product.lanes[0].d));
-}
-
-} // namespace
-
-void start_product(Product& mine) {
-  warpgroup_together(
-      [](void* const* lanes) {
-        Products& products = block().products();
-        RunningProduct& product = products.running.emplace_back();
-        product.group = products.group;
-        for (int lane = 0; lane < warpgroup_lanes; ++lane) {
-          if (!lanes[lane]) fault("wgmma without all lanes");
-          product.lanes[lane] = *static_cast<const Product*>(lanes[lane]);
-          const uint32_t* const a = product.lanes[lane].a;
-          if (a) product.a.insert(product.a.end(), a, a + 4);
-        }
-        const Product& first = product.lanes[0];
-        for (const Product& other : product.lanes)
-          if (other.n != first.n || other.b_shared != first.b_shared ||
-              other.a_shared != first.a_shared || other.accumulate != first.accumulate)
-            fault("lanes of a warpgroup start different products");
-        auto [at, fresh] = products.sums.try_emplace(first.d);
-        RunningSum& sum = at->second;
-        if (fresh) {
-          sum.n = first.n;
-          sum.values.resize(static_cast<size_t>(rows * first.n));
-        } else if (sum.n != first.n) {
-          fault("products of different shapes share accumulators");
-        }
-        for (int lane = 0; lane < warpgroup_lanes; ++lane)
-          for (int i = 0; i < first.n / 2; ++i) {
-            float& d = product.lanes[lane].d[i];
-            if (fresh) sum.values[place_of(lane, i, first.n)] = d;
-            d = std::numeric_limits<float>::quiet_NaN();
-          }
-        if (block().chance()) run_products(products, products.group);
-      },
-      &mine);
-}
-
-void products_commit() {
-  warpgroup_together([](void* const*) { ++block().products().group; }, nullptr);
-}
-
-namespace {
-
-/// Takes products up to a group from the list, and gives their accumulators back.
-void retire(Products& products, int last_group) {
-  run_products(products, last_group);
-  while (!products.running.empty() && products.running.front().group <= last_group) {
-    const RunningProduct product = std::move(products.running.front());
-    products.running.pop_front();
-    for (int lane = 0; lane < warpgroup_lanes; ++lane)
-      if (product.lanes[lane].a &&
-          !std::equal(product.lanes[lane].a, product.lanes[lane].a + 4,
-                      product.a.begin() + 4 * lane))
-        fault("fragments of A have changed while a product read them");
-    float* const key = product.lanes[0].d;
-    const bool last = std::none_of(
-        products.running.begin(), products.running.end(),
-        [&](const RunningProduct& other) { return other.lanes[0].d == key; });
-    if (!last) continue;
-    const RunningSum& sum = products.sums.at(key);
-    for (int lane = 0; lane < warpgroup_lanes; ++lane)
-      for (int i = 0; i < sum.n / 2; ++i)
-        product.lanes[lane].d[i] = sum.values[place_of(lane, i, sum.n)];
-    products.sums.erase(key);
+  for (RunningProduct& product : products.running) {
+    if (product.started < warpgroup_warps || product.group > last_group) return;
+    if (!product.done) compute(product);
   }
 }
 
+int warp_of_group() { return block().self_number() % warpgroup_lanes / warp_lanes; }
+
+/// Takes the accumulators of a warp out of its registers, and leaves NaN there.
+void take(RunningProduct& product, int warp, bool fresh) {
+  Sum& sum = *product.sum;
+  for (int lane = warp * warp_lanes; lane < (warp + 1) * warp_lanes; ++lane)
+    for (int i = 0; i < sum.n / 2; ++i) {
+      float& d = product.lanes[lane].d[i];
+      if (fresh) sum.values[place_of(lane, i, sum.n)] = d;
+      d = std::numeric_limits<float>::quiet_NaN();
+    }
+}
+
+void start(void* const* lanes) {
+  Products& products = block().products();
+  const int number = warp_of_group();
+  Products::Warp& warp = products.warps[number];
+  const size_t at = warp.started++ - products.first;
+  if (!lanes[0]) fault("wgmma without all lanes");
+  const Product& first = *static_cast<const Product*>(lanes[0]);
+  const auto found = warp.sums.find(first.d);
+  const bool fresh = found == warp.sums.end();
+  if (at == products.running.size()) {
+    RunningProduct& product = products.running.emplace_back();
+    product.group = warp.group;
+    product.sum = fresh ? std::make_shared<Sum>(Sum{
+                              first.n, std::vector<float>(static_cast<size_t>(rows * first.n))})
+                        : found->second;
+    product.lanes[0] = first;
+  }
+  RunningProduct& product = products.running[at];
+  const Product& model = product.lanes[0];
+  for (int i = 0; i < warp_lanes; ++i) {
+    if (!lanes[i]) fault("wgmma without all lanes");
+    const Product& mine = *static_cast<const Product*>(lanes[i]);
+    if (mine.n != model.n || mine.b_shared != model.b_shared || mine.a_shared != model.a_shared ||
+        mine.accumulate != model.accumulate || product.group != warp.group)
+      fault("lanes of a warpgroup start different products");
+    product.lanes[number * warp_lanes + i] = mine;
+    if (mine.a) std::copy(mine.a, mine.a + 4, product.a[number * warp_lanes + i]);
+  }
+  if (fresh)
+    warp.sums[first.d] = product.sum;
+  else if (found->second != product.sum || product.sum->n != first.n)
+    fault("products on their way share accumulators in different ways");
+  take(product, number, fresh);
+  if (++product.started < warpgroup_warps) return;
+  if (block().chance()) run_products(products, product.group);
+  block().wake(products.waiting);
+}
+
+/// Ends products of this warp up to a group, and gives their accumulators back.
+void retire(Products& products, int last_group) {
+  run_products(products, last_group);
+  const int number = warp_of_group();
+  Products::Warp& warp = products.warps[number];
+  const int first_lane = number * warp_lanes;
+  for (; warp.retired < warp.started; ++warp.retired) {
+    RunningProduct& product = products.running[warp.retired - products.first];
+    if (product.group > last_group) break;
+    ++product.retired;
+    bool last = true;
+    for (size_t i = warp.retired + 1; i < warp.started; ++i)
+      last &= products.running[i - products.first].sum != product.sum;
+    if (!last) continue;
+    const Sum& sum = *product.sum;
+    for (int lane = first_lane; lane < first_lane + warp_lanes; ++lane)
+      for (int i = 0; i < sum.n / 2; ++i)
+        product.lanes[lane].d[i] = sum.values[place_of(lane, i, sum.n)];
+    warp.sums.erase(product.lanes[first_lane].d);
+  }
+  while (!products.running.empty() && products.running.front().retired == warpgroup_warps) {
+    products.running.pop_front();
+    ++products.first;
+  }
+}
+
+/// True once all warps have started what this warp has in groups up to the last.
+bool all_started(const Products& products, int last_group) {
+  return std::all_of(products.running.begin(), products.running.end(),
+                     [&](const RunningProduct& product) {
+                       return product.group > last_group || product.started == warpgroup_warps;
+                     });
+}
+
 struct Wait {
-  int pending;
+  int last_group;
 };
 
 } // namespace
 
+void start_product(Product& mine) { warp_together(start, &mine); }
+
+void products_commit() {
+  warp_together([](void* const*) { ++block().products().warps[warp_of_group()].group; }, nullptr);
+}
+
 void products_wait(int pending) {
-  Wait mine{pending};
-  warpgroup_together(
+  Products& products = block().products();
+  Wait mine{products.warps[warp_of_group()].group - pending - 1};
+  while (!all_started(products, mine.last_group)) {
+    products.waiting.push_back(block().self_number());
+    block().wait("a product that not all warps have started");
+  }
+  warp_together(
       [](void* const* lanes) {
-        Products& products = block().products();
-        retire(products, products.group - static_cast<const Wait*>(lanes[0])->pending - 1);
+        retire(block().products(), static_cast<const Wait*>(lanes[0])->last_group);
       },
       &mine);
 }

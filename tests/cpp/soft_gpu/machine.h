@@ -25,13 +25,12 @@ Index grid_size();
 /// Lets other threads run: for who looks at memory again and again.
 void yield();
 
-// Things that the lanes of a warp, or the four warps of a warpgroup, do together: the last of them
-// to come runs `act` on what each of them brought.
+// Things that the lanes of a warp do together: the last of them to come runs `act` on what each of
+// them brought; null for lanes that are over.
 
 constexpr int warp_lanes = 32, warpgroup_lanes = 128;
 using Act = void (*)(void* const* lanes);
 void warp_together(Act act, void* mine);
-void warpgroup_together(Act act, void* mine);
 
 // Shared memory. Addresses are those of PTX: 32-bit, from the block's window.
 

@@ -86,9 +86,15 @@ protected:
     store(dv, 1, p_.dv_out, work.dv_offset, p_.dv_strides.row, work.rows, p_.dv, first_column);
   }
 
-  /// By the warpgroup that has retired the products that read what may now be filled anew.
+  /// By the warpgroup that has retired the products that read what may now be filled anew: nothing
+  /// else did, and all warps have started what one of them sees done.
   DEVICE void release(uint32_t barrier) const {
     if (threadIdx.x % warpgroup_size == 0) mbarrier_arrive(barrier);
+  }
+  /// The stage of Q, with its Step and its statistics, which each warp has read for itself.
+  DEVICE void release_queries(int stage) const {
+    __syncwarp();
+    if (lane_index() == 0) mbarrier_arrive(barriers_.q_empty(stage));
   }
 
   DEVICE uint32_t q_tile(QRing q) const { return shared_ + F::at.q + q.stage() * F::QTile::bytes; }

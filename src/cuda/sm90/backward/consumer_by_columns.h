@@ -92,12 +92,12 @@ private:
       wgmma_wait<0>();
       keep(dp.x);
       keep(dk_.x);
-      release(barriers_.q_empty(q_.stage()));
+      this->release_queries(q_.stage());
       share_gradients(s, dp, cap, q_.next(), shared_stage_.next());
     } else {
       wgmma_wait<0>();
       keep(dk_.x);
-      release(barriers_.q_empty(q_.stage()));
+      this->release_queries(q_.stage());
     }
     q_.advance();
     o_.advance();

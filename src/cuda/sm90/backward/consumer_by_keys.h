@@ -60,7 +60,7 @@ private:
       one_step<false>(work, s, cap, 1);
       wgmma_wait<0>();
       keep(dk_.x);
-      release(barriers_.q_empty(q_.before()));
+      this->release_queries(q_.before());
     } else {
       release(barriers_.v_empty(kv_.stage()));
       release(barriers_.k_empty(kv_.stage()));
@@ -86,7 +86,7 @@ private:
     wgmma_wait<0>();
     keep(dp.x);
     if constexpr (ahead) keep(dk_.x); // of the block before
-    if (ahead && left != work.steps) release(barriers_.q_empty(q_.before()));
+    if (ahead && left != work.steps) this->release_queries(q_.before());
     if (!more) release(barriers_.v_empty(kv_.stage()));
 
     Operand p, ds;
@@ -116,7 +116,7 @@ private:
     if (!more) release(barriers_.k_empty(kv_.stage()));
     this->add_to_queries(dq, q_, ds_);
     if (!more && early_store) this->store_value_gradient(dv_, work);
-    if constexpr (!ahead) release(barriers_.q_empty(q_.stage()));
+    if constexpr (!ahead) this->release_queries(q_.stage());
     if constexpr (ahead && more) {
       keep(next.x);
       this->prepare(next, cap, work, q_.next());

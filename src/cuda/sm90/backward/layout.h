@@ -130,20 +130,20 @@ struct BackwardBarriers {
       mbarrier_init(turn(i), 1);
     }
     mbarrier_init(work_wanted(), 1);
-    init<Row::q_stages>(q_full(0));
-    init<Row::o_stages>(o_full(0));
-    init<Row::kv_stages>(k_full(0));
-    init<Row::kv_stages>(v_full(0));
+    init<Row::q_stages>(q_full(0), 4 * consumers);
+    init<Row::o_stages>(o_full(0), consumers);
+    init<Row::kv_stages>(k_full(0), consumers);
+    init<Row::kv_stages>(v_full(0), consumers);
     fence_barrier_init();
   }
 
 private:
   /// The "full" barriers of a ring, filled by one thread, and then its "empty" ones.
   template <int stages>
-  DEVICE static void init(uint32_t ring) {
+  DEVICE static void init(uint32_t ring, int readers) {
     for (int stage = 0; stage < stages; ++stage) {
       mbarrier_init(ring + 8 * stage, 1);
-      mbarrier_init(ring + 8 * (stages + stage), consumers);
+      mbarrier_init(ring + 8 * (stages + stage), readers);
     }
   }
 };
