@@ -159,8 +159,9 @@ private:
     ROLLED
     for (int i = 0; i < share_.skipped; ++i) {
       mbarrier_wait(barriers_.k_full(ring_.stage), ring_.parity);
-      release(barriers_.k_empty(ring_.stage));
       mbarrier_wait(barriers_.v_full(ring_.stage), ring_.parity);
+      meet(); // no product says that all warps have seen this phase
+      release(barriers_.k_empty(ring_.stage));
       release(barriers_.v_empty(ring_.stage));
       ring_.next();
     }
@@ -257,7 +258,7 @@ private:
          i += warpgroup_size)
       st_shared(values(ring_.stage) + Tile::at_chunk(i / chunks, i % chunks), uint4{0, 0, 0, 0});
     fence_async_shared();
-    named_barrier_sync(meeting_barrier + index_, warpgroup_size);
+    meet();
   }
 
   /// O /= l, and L = ln(2^m l) to global memory. Rows without a key, and those past the used
@@ -332,7 +333,10 @@ private:
     named_barrier_arrive(turn_barrier + (index_ + 1) % F::consumers, 2 * warpgroup_size);
   }
 
-  /// One arrival of this warpgroup: products complete for all of it at once.
+  DEVICE void meet() const { named_barrier_sync(meeting_barrier + index_, warpgroup_size); }
+
+  /// One arrival of this warpgroup, after a product that it has seen done: all warps have started
+  /// it, and so were past the barrier of its operands.
   DEVICE void release(uint32_t barrier) const {
     if (threadIdx.x % warpgroup_size == 0) mbarrier_arrive(barrier);
   }
