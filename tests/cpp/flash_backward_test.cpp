@@ -6,9 +6,9 @@
 #include <cstring>
 #include <limits>
 
-#include "case_problem.h"
 #include "core/error.h"
 #include "cpu/cpu.h"
+#include "cpu_cases.h"
 #include "scoped_env.h"
 
 namespace anyflash {

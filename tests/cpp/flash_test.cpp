@@ -5,9 +5,9 @@
 #include <cmath>
 #include <cstring>
 
-#include "case_problem.h"
 #include "core/error.h"
 #include "cpu/cpu.h"
+#include "cpu_cases.h"
 #include "scoped_env.h"
 
 namespace anyflash {
