@@ -433,7 +433,7 @@ def supports(
     """
     from . import _call
 
-    arguments = _call.Arguments(
+    arguments = _call.Arguments.of(
         q,
         k,
         v,
@@ -488,7 +488,7 @@ def explain(
     from . import _call
 
     return _call.explain(
-        _call.Arguments(
+        _call.Arguments.of(
             q,
             k,
             v,
