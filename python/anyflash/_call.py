@@ -8,12 +8,12 @@ take the same and hand back here what they do not know.
 from __future__ import annotations
 
 import ctypes
-import re
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Callable, NamedTuple
 
 from . import _library, _options
-from ._library import ABSENT, BACKWARD, CPU, CUDA, FLOAT32, FORWARD, Device, Plan
-from ._tensors import Adapter, Described, adapter_of, contiguous_strides
+from ._library import ABSENT, BACKWARD, FLOAT32, FORWARD
+from ._tensors import Adapter, Described, adapter_of
 
 
 class Options(NamedTuple):
@@ -83,7 +83,7 @@ class _Numbers(NamedTuple):
     deterministic: bool
 
 
-def _numbers_of(options: Options, shape_q: tuple[int, ...]) -> _Numbers:
+def numbers_of(options: Options, shape_q: tuple[int, ...]) -> _Numbers:
     left, right = _options.window_sides(options.window)
     d = max(shape_q[-1], 1) if shape_q else 1
     scale, deterministic = options.scale, options.deterministic
@@ -114,14 +114,16 @@ def inputs_of(arguments: Arguments | BackwardArguments) -> dict[str, Any]:
     }
 
 
-def _describe_inputs(arguments: Arguments | BackwardArguments) -> list[Described | None]:
+def describe_inputs(
+    arguments: Arguments | BackwardArguments, describe: Callable[[Any, str], Described]
+) -> list[Described | None]:
     return [
-        None if tensor is None and name not in ("q", "k", "v") else _describe(tensor, name)
+        None if tensor is None and name not in ("q", "k", "v") else describe(tensor, name)
         for name, tensor in inputs_of(arguments).items()
     ]
 
 
-def _describe(tensor: Any, name: str, *, written: bool = False) -> Described:
+def describe_tensor(tensor: Any, name: str, *, written: bool = False) -> Described:
     described = adapter_of(tensor, name).describe(tensor, name, written=written)
     if not described.shape:  # the library's sign for an absent tensor
         raise ValueError(f"{name} is a single number (rank 0); it must have dimensions")
@@ -132,13 +134,14 @@ def _packed(described: Described | None) -> bytes:
     return ABSENT if described is None else _library.pack_tensor(*described[:5])
 
 
-def _problem(
+def pack(
     inputs: list[Described | None],
     o: Described | None,
     lse: Described | None,
     numbers: _Numbers,
-    gradients: list[Described | None] | None = None,
+    gradients: Sequence[Described | None] | None = None,
 ) -> bytes:
+    """An anyflash_problem; with gradients (dout, dlse, dq, dk, dv), of the backward."""
     q, k, v, *rest = [_packed(one) for one in inputs]
     tensors = (q, k, v, _packed(o), _packed(lse), *rest)
     if gradients is None:
@@ -161,7 +164,7 @@ def _refuse_gradients(arguments: Arguments | BackwardArguments) -> None:
 
 def _check_out(arguments: Arguments) -> Described | None:
     out = arguments.out
-    return None if out is None else _describe(out, "out", written=True)
+    return None if out is None else describe_tensor(out, "out", written=True)
 
 
 class _Read(NamedTuple):
@@ -177,10 +180,10 @@ class _Read(NamedTuple):
 
 def _read(arguments: Arguments) -> _Read:
     _options.flag(arguments.return_lse, "return_lse")
-    inputs = _describe_inputs(arguments)
+    inputs = describe_inputs(arguments, describe_tensor)
     q, v = inputs[0], inputs[2]
     assert q is not None and v is not None
-    numbers = _numbers_of(arguments.options, q.shape)
+    numbers = numbers_of(arguments.options, q.shape)
     return _Read(inputs, _check_out(arguments), numbers, adapter_of(arguments.q, "q"), q, v)
 
 
@@ -225,10 +228,10 @@ def compute(*positional: Any) -> Any:
     """O, or (O, L), without gradients. Everything is validated before the first allocation."""
     arguments = Arguments.of(*positional)
     inputs, out, numbers, adapter, q, v = _read(arguments)
-    _library.make_plan(_problem(inputs, out, None, numbers), None)
+    _library.make_plan(pack(inputs, out, None, numbers), None)
 
     outputs = _allocate(arguments, adapter, q, v, out)
-    problem = _problem(inputs, outputs.o_described, outputs.lse_described, numbers)
+    problem = pack(inputs, outputs.o_described, outputs.lse_described, numbers)
     _run(problem, arguments.q, adapter, q)
     return outputs.results(adapter, arguments.out)
 
@@ -255,7 +258,7 @@ def reference(*positional: Any) -> Any:
     _refuse_gradients(arguments)
     inputs, out, numbers, adapter, q, v = _read(arguments)
     outputs = _allocate(arguments, adapter, q, v, out)
-    problem = _problem(inputs, outputs.o_described, outputs.lse_described, numbers)
+    problem = pack(inputs, outputs.o_described, outputs.lse_described, numbers)
     _library.check(_library.library().anyflash_reference(problem))
     return outputs.results(adapter, arguments.out)
 
@@ -272,7 +275,7 @@ class _BackwardCall:
 
     def __init__(self, arguments: BackwardArguments) -> None:
         self.arguments = arguments
-        self.inputs = _describe_inputs(arguments)
+        self.inputs = describe_inputs(arguments, describe_tensor)
         q = self.inputs[0]
         assert q is not None
         self.q = q
@@ -280,18 +283,18 @@ class _BackwardCall:
         options = arguments.options
         if options.deterministic is None:
             options = options._replace(deterministic=self.adapter.deterministic())
-        self.numbers = _numbers_of(options, q.shape)
+        self.numbers = numbers_of(options, q.shape)
         self.results = [self._optional(name) for name in _FORWARD_RESULTS]
         self.given = [self._optional(name) for name in _GIVEN_GRADIENTS]
         self.wanted = [self._optional(name, written=True) for name in _WANTED_GRADIENTS]
 
     def _optional(self, name: str, *, written: bool = False) -> Described | None:
         tensor = getattr(self.arguments, name)
-        return None if tensor is None else _describe(tensor, name, written=written)
+        return None if tensor is None else describe_tensor(tensor, name, written=written)
 
     def problem(self) -> bytes:
         out, lse = self.results
-        return _problem(self.inputs, out, lse, self.numbers, [*self.given, *self.wanted])
+        return pack(self.inputs, out, lse, self.numbers, [*self.given, *self.wanted])
 
     def allocate(self) -> list[Any]:
         """dq, dk, dv: the caller's, or new ones. The problem has been validated."""
@@ -339,102 +342,3 @@ def reference_backward(*positional: Any) -> Any:
     gradients = call.allocate()
     _library.check(_library.library().anyflash_reference(call.problem()))
     return call.returned(gradients)
-
-
-# Planning without running: tensors, or shapes with a dtype and a device
-
-
-class Target(NamedTuple):
-    """Where a plan is for: DLPack's (type, index), and the GPU if only described."""
-
-    place: tuple[int, int]
-    device: Device | None
-
-
-_DEVICE = re.compile(r"cpu(?::0)?|cuda(?::(?P<index>\d{1,4}))?|sm_(?P<capability>\d{2,3})")
-
-
-def _parse_device(device: Any) -> re.Match[str]:
-    match = _DEVICE.fullmatch(str(device))
-    if match is None:
-        raise ValueError(f'device is {device!r}; it must be "cpu", "cuda", "cuda:N" or "sm_NN"')
-    return match
-
-
-def _target_of(device: Any) -> Target:
-    """ "cpu", "cuda", "cuda:1", "sm_86" (a GPU that need not be here), or a torch.device."""
-    match = _parse_device(device)
-    if match["capability"]:
-        return Target((CUDA, 0), _library.describe_gpu(int(match["capability"])))
-    if match[0].startswith("cpu"):
-        return Target((CPU, 0), None)
-    return Target((CUDA, int(match["index"] or 0)), None)
-
-
-def check_planning(arguments: Arguments, dtype: Any, device: Any) -> None:
-    """Refuses a question about plans that has no answer: no device, no dtype, an unknown one."""
-    if device is not None:
-        _parse_device(device)
-    if dtype is not None:
-        _dtype_code(dtype)
-    for name, value in {**inputs_of(arguments), "out": arguments.out}.items():
-        if _is_shape(value) and (dtype is None or device is None):
-            raise TypeError(f"{name} is a shape; dtype= and device= must be given with it")
-
-
-def _is_shape(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and all(isinstance(n, int) for n in value)
-
-
-def _dtype_code(dtype: Any) -> int:
-    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
-    code = _library.DTYPES.get(str(name).rpartition(".")[2])
-    if code is None:
-        raise TypeError(f"dtype is {dtype!r}; it must be float16, bfloat16, float32 or float64")
-    return code
-
-
-def _describe_for_planning(value: Any, name: str, dtype: Any, target: Target | None) -> Described:
-    """A tensor where it is, or as if it were on the target; a shape as a contiguous tensor."""
-    if not _is_shape(value):
-        described = _describe(value, name, written=name == "out")
-        if target is None:
-            return described
-        # Memory elsewhere; only whether it starts on 16 bytes matters.
-        return described._replace(data=described.data % 16, device=target.place)
-    assert target is not None
-    if name == "alibi_slopes":
-        code = FLOAT32
-    else:
-        code = _dtype_code(dtype) if name in ("q", "k", "v", "out") else _library.INT32
-    shape = tuple(value)
-    return Described(0, code, target.place, shape, contiguous_strides(shape), None)
-
-
-def _plan_problem(arguments: Arguments, dtype: Any, device: Any) -> tuple[bytes, Device | None]:
-    check_planning(arguments, dtype, device)
-    target = None if device is None else _target_of(device)
-    inputs = [
-        None
-        if value is None and name not in ("q", "k", "v")
-        else _describe_for_planning(value, name, dtype, target)
-        for name, value in inputs_of(arguments).items()
-    ]
-    q, out, lse = inputs[0], None, None
-    assert q is not None
-    if arguments.out is not None:
-        out = _describe_for_planning(arguments.out, "out", dtype, target)
-    if _options.flag(arguments.return_lse, "return_lse"):
-        rows, heads = q.shape[:-2], q.shape[-2:-1]
-        shape = rows[:-1] + heads + rows[-1:]
-        lse = Described(0, FLOAT32, q.device, shape, contiguous_strides(shape), None)
-    numbers = _numbers_of(arguments.options, q.shape)
-    return _problem(inputs, out, lse, numbers), target.device if target else None
-
-
-def plan(arguments: Arguments, dtype: Any, device: Any) -> Plan:
-    return _library.make_plan(*_plan_problem(arguments, dtype, device))
-
-
-def explain(arguments: Arguments, dtype: Any, device: Any) -> str:
-    return _library.explain(*_plan_problem(arguments, dtype, device))

@@ -16,7 +16,7 @@ from typing import Any, Callable, NamedTuple
 
 import torch
 
-from . import api
+from . import api, planning
 
 NAME = "anyflash"  # in torch's registry of flash kernels
 LARGEST_HEAD_DIM = 256
@@ -93,7 +93,7 @@ def explain_sdpa(
         if backend not in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
             raise NotImplementedError(_other_backend(query, key, value, backend))
         q, k, v, window = _our_arguments(query, key, value, is_causal)
-        plan = api.explain(q, k, v, window=window, scale=scale, return_lse=True)
+        plan = planning.explain(q, k, v, window=window, scale=scale, return_lse=True)
     except NotImplementedError as error:
         return f"torch ({backend}): {error}"
     if not sdpa_enabled():
