@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from ._version import __version__
 from .api import attention, attention_backward, attention_varlen, reference, reference_backward
-from .planning import Support, explain, supports
+from .planning import Support, explain, supports, warm_up
 
 __all__ = [
     "Support",
@@ -23,4 +23,5 @@ __all__ = [
     "reference",
     "reference_backward",
     "supports",
+    "warm_up",
 ]

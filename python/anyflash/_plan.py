@@ -39,6 +39,20 @@ def explain(question: Question) -> str:
     return _library.explain(*_problem(question))
 
 
+def warm_up(question: Question) -> None:
+    """Loads the kernels of the forward and, where it is meant, of the backward."""
+    question.check()
+    if question.device is not None and _parse_device(question.device)["capability"]:
+        raise ValueError(
+            f'device is {question.device!r}; kernels are loaded by a device that is here: "cpu", '
+            '"cuda" or "cuda:N"'
+        )
+    forward = plan(question._replace(backward=False))
+    plans = [forward, plan(question)] if question.backward else [forward]
+    for one in plans:
+        _library.warm_up(one)
+
+
 class _Target(NamedTuple):
     """Where a plan is for: DLPack's (type, index), and the GPU if only described."""
 

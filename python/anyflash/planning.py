@@ -1,4 +1,7 @@
-"""The functions that compute nothing: whether a call would run, and how."""
+"""The functions that compute nothing: whether a call would run, how, and its kernels made ready.
+
+All three take the same arguments.
+"""
 
 from __future__ import annotations
 
@@ -131,3 +134,61 @@ def explain(
         return_lse,
     )
     return _plan.explain(_plan.Question(arguments, dtype, device, backward))
+
+
+def warm_up(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    *,
+    seqused_q: Any = None,
+    seqused_k: Any = None,
+    causal: bool = False,
+    window: tuple[int | None, int | None] = (None, None),
+    scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    deterministic: bool | None = None,
+    out: Any = None,
+    return_lse: bool = False,
+    dtype: Any = None,
+    device: Any = None,
+    backward: bool = False,
+) -> None:
+    """Loads the kernels of a call, and compiles those that the package was not built with.
+
+    Nothing is launched. For whoever cannot wait in the first call: a server, or the capture of a
+    CUDA graph. Which kernels they are depends on dtype, head dims, options and strides, on lengths
+    hardly; `explain` says which.
+
+    Arguments: as `supports`, of a device that is here ("cuda" is "cuda:0"); on the CPU there is
+    nothing to load. backward: the kernels of the gradients too.
+
+    Raises: as the call itself; ValueError for "sm_86".
+    """
+    from . import _call, _plan
+
+    arguments = _call.Arguments.of(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        seqused_q,
+        seqused_k,
+        causal,
+        window,
+        scale,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        out,
+        return_lse,
+    )
+    _plan.warm_up(_plan.Question(arguments, dtype, device, backward))
