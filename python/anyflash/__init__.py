@@ -10,16 +10,8 @@ GPU, driver, torch or NumPy; everything is looked up at the first call.
 from __future__ import annotations
 
 from ._version import __version__
-from .api import (
-    Support,
-    attention,
-    attention_backward,
-    attention_varlen,
-    explain,
-    reference,
-    reference_backward,
-    supports,
-)
+from .api import attention, attention_backward, attention_varlen, reference, reference_backward
+from .planning import Support, explain, supports, warm_up
 
 __all__ = [
     "Support",
@@ -31,4 +23,5 @@ __all__ = [
     "reference",
     "reference_backward",
     "supports",
+    "warm_up",
 ]

@@ -5,7 +5,7 @@ ANYFLASH_NO_FAST=1 asks for ctypes. The functions of a way:
   - `forward`, `backward`: of any tensors, with gradients and all that their library asks for;
   - `compute`, `compute_backward`: the same of plain memory, without asking.
 
-Each takes the positions of `_call.Arguments` or `_call.BackwardArguments`.
+Each takes its arguments by position, as `_call` says.
 """
 
 from __future__ import annotations
@@ -76,11 +76,11 @@ def traced_forward(*arguments: Any) -> Any:
     from ._call import Arguments
     from .torch import _ops
 
-    return _ops.forward(Arguments(*arguments))
+    return _ops.forward(Arguments.of(*arguments))
 
 
 def traced_backward(*arguments: Any) -> Any:
     from ._call import BackwardArguments
     from .torch import _ops
 
-    return _ops.backward(BackwardArguments(*arguments))
+    return _ops.backward(BackwardArguments.of(*arguments))

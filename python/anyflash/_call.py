@@ -1,26 +1,24 @@
 """From the arguments of a call to the library and back: the complete way, through ctypes.
 
-`forward` takes every argument by position, in the order of `Arguments`; the faster `_fast.forward`
-takes the same and hands back here what it does not know.
+`forward` and `backward` take every argument by position, in the order of `Arguments` and of
+`BackwardArguments` with the fields of `Options` in their place. The faster functions of `_fast`
+take the same and hand back here what they do not know.
 """
 
 from __future__ import annotations
 
 import ctypes
-import re
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Callable, NamedTuple
 
 from . import _library, _options
-from ._library import ABSENT, BACKWARD, CPU, CUDA, FLOAT32, FORWARD, Device, Plan
-from ._tensors import Adapter, Described, adapter_of, contiguous_strides
+from ._library import ABSENT, BACKWARD, FLOAT32, FORWARD
+from ._tensors import Adapter, Described, adapter_of
 
 
-class Arguments(NamedTuple):
-    """Everything that `attention` and `attention_varlen` take."""
+class Options(NamedTuple):
+    """What forward and backward take alike, besides q, k, v."""
 
-    q: Any
-    k: Any
-    v: Any
     cu_seqlens_q: Any
     cu_seqlens_k: Any
     max_seqlen_q: Any
@@ -33,8 +31,22 @@ class Arguments(NamedTuple):
     softcap: Any
     alibi_slopes: Any
     deterministic: Any
+
+
+class Arguments(NamedTuple):
+    """Everything that `attention` and `attention_varlen` take."""
+
+    q: Any
+    k: Any
+    v: Any
+    options: Options
     out: Any
     return_lse: Any
+
+    @classmethod
+    def of(cls, *positional: Any) -> Arguments:
+        q, k, v, *options, out, return_lse = positional
+        return cls(q, k, v, Options(*options), out, return_lse)
 
 
 class BackwardArguments(NamedTuple):
@@ -47,25 +59,19 @@ class BackwardArguments(NamedTuple):
     out: Any
     lse: Any
     dlse: Any
-    cu_seqlens_q: Any
-    cu_seqlens_k: Any
-    max_seqlen_q: Any
-    max_seqlen_k: Any
-    seqused_q: Any
-    seqused_k: Any
-    causal: Any
-    window: Any
-    scale: Any
-    softcap: Any
-    alibi_slopes: Any
-    deterministic: Any
+    options: Options
     dq: Any
     dk: Any
     dv: Any
 
+    @classmethod
+    def of(cls, *positional: Any) -> BackwardArguments:
+        dout, q, k, v, out, lse, dlse, *options, dq, dk, dv = positional
+        return cls(dout, q, k, v, out, lse, dlse, Options(*options), dq, dk, dv)
 
-class _Options(NamedTuple):
-    """The arguments that are no tensors, as the library's numbers."""
+
+class _Numbers(NamedTuple):
+    """The options that are no tensors, as the library's numbers."""
 
     max_seqlen_q: int
     max_seqlen_k: int
@@ -77,39 +83,47 @@ class _Options(NamedTuple):
     deterministic: bool
 
 
-def _options_of(arguments: Arguments | BackwardArguments, d: int) -> _Options:
-    left, right = _options.window_sides(arguments.window)
-    scale, deterministic = arguments.scale, arguments.deterministic
-    if deterministic is None and isinstance(arguments, BackwardArguments):
-        deterministic = adapter_of(arguments.q, "q").deterministic()
-    return _Options(
-        _options.length(arguments.max_seqlen_q, "max_seqlen_q"),
-        _options.length(arguments.max_seqlen_k, "max_seqlen_k"),
+def numbers_of(options: Options, shape_q: tuple[int, ...]) -> _Numbers:
+    left, right = _options.window_sides(options.window)
+    d = max(shape_q[-1], 1) if shape_q else 1
+    scale, deterministic = options.scale, options.deterministic
+    return _Numbers(
+        _options.length(options.max_seqlen_q, "max_seqlen_q"),
+        _options.length(options.max_seqlen_k, "max_seqlen_k"),
         left,
         right,
-        max(d, 1) ** -0.5 if scale is None else _options.real(scale, "scale"),
-        _options.real(arguments.softcap, "softcap"),
-        _options.flag(arguments.causal, "causal"),
+        d**-0.5 if scale is None else _options.real(scale, "scale"),
+        _options.real(options.softcap, "softcap"),
+        _options.flag(options.causal, "causal"),
         False if deterministic is None else _options.flag(deterministic, "deterministic"),
     )
 
 
-# Positions of the tensors in Arguments, in the order of anyflash_problem without o and lse.
-_INPUTS = ("q", "k", "v", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
+def inputs_of(arguments: Arguments | BackwardArguments) -> dict[str, Any]:
+    """What both directions read, in the order of anyflash_problem without o and lse."""
+    options = arguments.options
+    return {
+        "q": arguments.q,
+        "k": arguments.k,
+        "v": arguments.v,
+        "alibi_slopes": options.alibi_slopes,
+        "cu_seqlens_q": options.cu_seqlens_q,
+        "cu_seqlens_k": options.cu_seqlens_k,
+        "seqused_q": options.seqused_q,
+        "seqused_k": options.seqused_k,
+    }
 
 
-def _describe_inputs(arguments: Arguments | BackwardArguments) -> list[Described | None]:
-    described: list[Described | None] = []
-    for name in _INPUTS:
-        tensor = getattr(arguments, name)
-        if tensor is None and name not in ("q", "k", "v"):
-            described.append(None)
-        else:
-            described.append(_describe(tensor, name))
-    return described
+def describe_inputs(
+    arguments: Arguments | BackwardArguments, describe: Callable[[Any, str], Described]
+) -> list[Described | None]:
+    return [
+        None if tensor is None and name not in ("q", "k", "v") else describe(tensor, name)
+        for name, tensor in inputs_of(arguments).items()
+    ]
 
 
-def _describe(tensor: Any, name: str, *, written: bool = False) -> Described:
+def describe_tensor(tensor: Any, name: str, *, written: bool = False) -> Described:
     described = adapter_of(tensor, name).describe(tensor, name, written=written)
     if not described.shape:  # the library's sign for an absent tensor
         raise ValueError(f"{name} is a single number (rank 0); it must have dimensions")
@@ -120,23 +134,25 @@ def _packed(described: Described | None) -> bytes:
     return ABSENT if described is None else _library.pack_tensor(*described[:5])
 
 
-def _problem(
+def pack(
     inputs: list[Described | None],
     o: Described | None,
     lse: Described | None,
-    options: _Options,
-    gradients: list[Described | None] | None = None,
+    numbers: _Numbers,
+    gradients: Sequence[Described | None] | None = None,
 ) -> bytes:
+    """An anyflash_problem; with gradients (dout, dlse, dq, dk, dv), of the backward."""
     q, k, v, *rest = [_packed(one) for one in inputs]
     tensors = (q, k, v, _packed(o), _packed(lse), *rest)
     if gradients is None:
-        return _library.pack_problem(FORWARD, tensors, None, *options)
-    return _library.pack_problem(BACKWARD, tensors, tuple(map(_packed, gradients)), *options)
+        return _library.pack_problem(FORWARD, tensors, None, *numbers)
+    return _library.pack_problem(BACKWARD, tensors, tuple(map(_packed, gradients)), *numbers)
 
 
 def _refuse_gradients(arguments: Arguments | BackwardArguments) -> None:
+    given = {**arguments._asdict(), "alibi_slopes": arguments.options.alibi_slopes}
     for name in ("q", "k", "v", "alibi_slopes", "out", "lse", "dout", "dlse"):
-        tensor = getattr(arguments, name, None)
+        tensor = given.get(name)
         if tensor is not None and adapter_of(tensor, name).needs_grad(tensor):
             raise NotImplementedError(
                 f"asked: gradients through a function that has none ({name}.requires_grad is "
@@ -148,7 +164,7 @@ def _refuse_gradients(arguments: Arguments | BackwardArguments) -> None:
 
 def _check_out(arguments: Arguments) -> Described | None:
     out = arguments.out
-    return None if out is None else _describe(out, "out", written=True)
+    return None if out is None else describe_tensor(out, "out", written=True)
 
 
 class _Read(NamedTuple):
@@ -156,7 +172,7 @@ class _Read(NamedTuple):
 
     inputs: list[Described | None]
     out: Described | None
-    options: _Options
+    numbers: _Numbers
     adapter: Adapter
     q: Described
     v: Described
@@ -164,11 +180,11 @@ class _Read(NamedTuple):
 
 def _read(arguments: Arguments) -> _Read:
     _options.flag(arguments.return_lse, "return_lse")
-    inputs = _describe_inputs(arguments)
+    inputs = describe_inputs(arguments, describe_tensor)
     q, v = inputs[0], inputs[2]
     assert q is not None and v is not None
-    options = _options_of(arguments, q.shape[-1] if q.shape else 1)
-    return _Read(inputs, _check_out(arguments), options, adapter_of(arguments.q, "q"), q, v)
+    numbers = numbers_of(arguments.options, q.shape)
+    return _Read(inputs, _check_out(arguments), numbers, adapter_of(arguments.q, "q"), q, v)
 
 
 class _Outputs(NamedTuple):
@@ -200,7 +216,7 @@ def _allocate(
 
 def forward(*positional: Any) -> Any:
     """O, or (O, L), with gradients where q's library has them."""
-    arguments = Arguments(*positional)
+    arguments = Arguments.of(*positional)
     routed = adapter_of(arguments.q, "q").route(arguments)
     if routed is not None:
         return routed(arguments)
@@ -210,12 +226,12 @@ def forward(*positional: Any) -> Any:
 
 def compute(*positional: Any) -> Any:
     """O, or (O, L), without gradients. Everything is validated before the first allocation."""
-    arguments = Arguments(*positional)
-    inputs, out, options, adapter, q, v = _read(arguments)
-    _library.make_plan(_problem(inputs, out, None, options), None)
+    arguments = Arguments.of(*positional)
+    inputs, out, numbers, adapter, q, v = _read(arguments)
+    _library.make_plan(pack(inputs, out, None, numbers), None)
 
     outputs = _allocate(arguments, adapter, q, v, out)
-    problem = _problem(inputs, outputs.o_described, outputs.lse_described, options)
+    problem = pack(inputs, outputs.o_described, outputs.lse_described, numbers)
     _run(problem, arguments.q, adapter, q)
     return outputs.results(adapter, arguments.out)
 
@@ -238,11 +254,11 @@ def _run(problem: bytes, like: Any, adapter: Adapter, q: Described) -> None:
 
 def reference(*positional: Any) -> Any:
     """O, or (O, L), by the plain formula in double on the CPU."""
-    arguments = Arguments(*positional)
+    arguments = Arguments.of(*positional)
     _refuse_gradients(arguments)
-    inputs, out, options, adapter, q, v = _read(arguments)
+    inputs, out, numbers, adapter, q, v = _read(arguments)
     outputs = _allocate(arguments, adapter, q, v, out)
-    problem = _problem(inputs, outputs.o_described, outputs.lse_described, options)
+    problem = pack(inputs, outputs.o_described, outputs.lse_described, numbers)
     _library.check(_library.library().anyflash_reference(problem))
     return outputs.results(adapter, arguments.out)
 
@@ -259,23 +275,26 @@ class _BackwardCall:
 
     def __init__(self, arguments: BackwardArguments) -> None:
         self.arguments = arguments
-        self.inputs = _describe_inputs(arguments)
+        self.inputs = describe_inputs(arguments, describe_tensor)
         q = self.inputs[0]
         assert q is not None
         self.q = q
-        self.options = _options_of(arguments, q.shape[-1] if q.shape else 1)
         self.adapter = adapter_of(arguments.q, "q")
+        options = arguments.options
+        if options.deterministic is None:
+            options = options._replace(deterministic=self.adapter.deterministic())
+        self.numbers = numbers_of(options, q.shape)
         self.results = [self._optional(name) for name in _FORWARD_RESULTS]
         self.given = [self._optional(name) for name in _GIVEN_GRADIENTS]
         self.wanted = [self._optional(name, written=True) for name in _WANTED_GRADIENTS]
 
     def _optional(self, name: str, *, written: bool = False) -> Described | None:
         tensor = getattr(self.arguments, name)
-        return None if tensor is None else _describe(tensor, name, written=written)
+        return None if tensor is None else describe_tensor(tensor, name, written=written)
 
     def problem(self) -> bytes:
         out, lse = self.results
-        return _problem(self.inputs, out, lse, self.options, [*self.given, *self.wanted])
+        return pack(self.inputs, out, lse, self.numbers, [*self.given, *self.wanted])
 
     def allocate(self) -> list[Any]:
         """dq, dk, dv: the caller's, or new ones. The problem has been validated."""
@@ -298,7 +317,7 @@ class _BackwardCall:
 
 def backward(*positional: Any) -> Any:
     """dQ, dK, dV; the library of q may want to see the call."""
-    arguments = BackwardArguments(*positional)
+    arguments = BackwardArguments.of(*positional)
     routed = adapter_of(arguments.q, "q").route(arguments)
     if routed is not None:
         return routed(arguments)
@@ -308,7 +327,7 @@ def backward(*positional: Any) -> Any:
 
 def compute_backward(*positional: Any) -> Any:
     """dQ, dK, dV. Everything is validated before the first allocation."""
-    call = _BackwardCall(BackwardArguments(*positional))
+    call = _BackwardCall(BackwardArguments.of(*positional))
     _library.make_plan(call.problem(), None)
     gradients = call.allocate()
     _run(call.problem(), call.arguments.q, call.adapter, call.q)
@@ -317,109 +336,9 @@ def compute_backward(*positional: Any) -> Any:
 
 def reference_backward(*positional: Any) -> Any:
     """dQ, dK, dV by the plain formula in double on the CPU."""
-    arguments = BackwardArguments(*positional)
+    arguments = BackwardArguments.of(*positional)
     _refuse_gradients(arguments)
     call = _BackwardCall(arguments)
     gradients = call.allocate()
     _library.check(_library.library().anyflash_reference(call.problem()))
     return call.returned(gradients)
-
-
-# Planning without running: tensors, or shapes with a dtype and a device
-
-
-class Target(NamedTuple):
-    """Where a plan is for: DLPack's (type, index), and the GPU if only described."""
-
-    place: tuple[int, int]
-    device: Device | None
-
-
-_DEVICE = re.compile(r"cpu(?::0)?|cuda(?::(?P<index>\d{1,4}))?|sm_(?P<capability>\d{2,3})")
-
-
-def _parse_device(device: Any) -> re.Match[str]:
-    match = _DEVICE.fullmatch(str(device))
-    if match is None:
-        raise ValueError(f'device is {device!r}; it must be "cpu", "cuda", "cuda:N" or "sm_NN"')
-    return match
-
-
-def _target_of(device: Any) -> Target:
-    """ "cpu", "cuda", "cuda:1", "sm_86" (a GPU that need not be here), or a torch.device."""
-    match = _parse_device(device)
-    if match["capability"]:
-        return Target((CUDA, 0), _library.describe_gpu(int(match["capability"])))
-    if match[0].startswith("cpu"):
-        return Target((CPU, 0), None)
-    return Target((CUDA, int(match["index"] or 0)), None)
-
-
-def check_planning(arguments: Arguments, dtype: Any, device: Any) -> None:
-    """Refuses a question about plans that has no answer: no device, no dtype, an unknown one."""
-    if device is not None:
-        _parse_device(device)
-    if dtype is not None:
-        _dtype_code(dtype)
-    for name in (*_INPUTS, "out"):
-        if _is_shape(getattr(arguments, name)) and (dtype is None or device is None):
-            raise TypeError(f"{name} is a shape; dtype= and device= must be given with it")
-
-
-def _is_shape(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and all(isinstance(n, int) for n in value)
-
-
-def _dtype_code(dtype: Any) -> int:
-    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype)
-    code = _library.DTYPES.get(str(name).rpartition(".")[2])
-    if code is None:
-        raise TypeError(f"dtype is {dtype!r}; it must be float16, bfloat16, float32 or float64")
-    return code
-
-
-def _describe_for_planning(value: Any, name: str, dtype: Any, target: Target | None) -> Described:
-    """A tensor where it is, or as if it were on the target; a shape as a contiguous tensor."""
-    if not _is_shape(value):
-        described = _describe(value, name, written=name == "out")
-        if target is None:
-            return described
-        # Memory elsewhere; only whether it starts on 16 bytes matters.
-        return described._replace(data=described.data % 16, device=target.place)
-    assert target is not None
-    if name == "alibi_slopes":
-        code = FLOAT32
-    else:
-        code = _dtype_code(dtype) if name in ("q", "k", "v", "out") else _library.INT32
-    shape = tuple(value)
-    return Described(0, code, target.place, shape, contiguous_strides(shape), None)
-
-
-def _plan_problem(arguments: Arguments, dtype: Any, device: Any) -> tuple[bytes, Device | None]:
-    check_planning(arguments, dtype, device)
-    target = None if device is None else _target_of(device)
-    inputs: list[Described | None] = []
-    for name in _INPUTS:
-        value = getattr(arguments, name)
-        if value is None and name not in ("q", "k", "v"):
-            inputs.append(None)
-        else:
-            inputs.append(_describe_for_planning(value, name, dtype, target))
-    q, out, lse = inputs[0], None, None
-    assert q is not None
-    if arguments.out is not None:
-        out = _describe_for_planning(arguments.out, "out", dtype, target)
-    if _options.flag(arguments.return_lse, "return_lse"):
-        rows, heads = q.shape[:-2], q.shape[-2:-1]
-        shape = rows[:-1] + heads + rows[-1:]
-        lse = Described(0, FLOAT32, q.device, shape, contiguous_strides(shape), None)
-    options = _options_of(arguments, q.shape[-1] if q.shape else 1)
-    return _problem(inputs, out, lse, options), target.device if target else None
-
-
-def plan(arguments: Arguments, dtype: Any, device: Any) -> Plan:
-    return _library.make_plan(*_plan_problem(arguments, dtype, device))
-
-
-def explain(arguments: Arguments, dtype: Any, device: Any) -> str:
-    return _library.explain(*_plan_problem(arguments, dtype, device))

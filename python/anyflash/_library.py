@@ -242,6 +242,11 @@ def make_plan(problem: bytes, device: Device | None) -> Plan:
     return plan
 
 
+def warm_up(plan: Plan) -> None:
+    """Loads what a plan needs on its device."""
+    check(library().anyflash_warm_up(ctypes.byref(plan)))
+
+
 def _text(call: Callable[[Any, int, Any], int]) -> str:
     """The two-call protocol of the library's texts."""
     needed = ctypes.c_size_t()

@@ -12,11 +12,11 @@ import contextlib
 import threading
 import warnings
 from collections.abc import Iterator
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 import torch
 
-from . import api
+from . import api, planning
 
 NAME = "anyflash"  # in torch's registry of flash kernels
 LARGEST_HEAD_DIM = 256
@@ -93,7 +93,7 @@ def explain_sdpa(
         if backend not in ("FLASH_ATTENTION", "CUDNN_ATTENTION"):
             raise NotImplementedError(_other_backend(query, key, value, backend))
         q, k, v, window = _our_arguments(query, key, value, is_causal)
-        plan = api.explain(q, k, v, window=window, scale=scale, return_lse=True)
+        plan = planning.explain(q, k, v, window=window, scale=scale, return_lse=True)
     except NotImplementedError as error:
         return f"torch ({backend}): {error}"
     if not sdpa_enabled():
@@ -186,57 +186,38 @@ def _our_arguments(
     return q, k, v, (None, length - k.shape[1])
 
 
-def _forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """O, laid out like query, and L [B, H, N]; NotImplementedError where ours cannot."""
-    _check(query, key, value, attn_mask, dropout_p)
-    q, k, v, window = _our_arguments(query, key, value, is_causal)
+def _forward(given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """O, laid out like query, and L [B, H, N]."""
+    query = given["query"]
+    q, k, v, window = _our_arguments(query, given["key"], given["value"], given["is_causal"])
     out = torch.empty_like(query)
     # torch's own autograd holds the graph, one level above.
     with torch.no_grad():
         _, lse = api.attention(
-            q, k, v, window=window, scale=scale, out=out.transpose(1, 2), return_lse=True
+            q, k, v, window=window, scale=given["scale"], out=out.transpose(1, 2), return_lse=True
         )
     return out, lse
 
 
-def _backward(
-    grad_out: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    empty: Callable[[torch.Tensor], torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _backward(given: dict[str, Any], empty: Callable[[Any], Any]) -> tuple[torch.Tensor, ...]:
     """dQ, dK, dV in the memory that `empty` gives for each; the forward may have been torch's."""
-    _check(query, key, value, attn_mask, dropout_p)
-    q, k, v, window = _our_arguments(query, key, value, is_causal)
+    query, key, value = given["query"], given["key"], given["value"]
+    q, k, v, window = _our_arguments(query, key, value, given["is_causal"])
     dq, dk, dv = empty(query), empty(key), empty(value)
     seen = k.shape[1]
-    if grad_out.stride(-1) != 1:  # such as the gradient of a sum: one number, expanded
-        grad_out = grad_out.contiguous()
+    dout = given["grad_out"]
+    if dout.stride(-1) != 1:  # such as the gradient of a sum: one number, expanded
+        dout = dout.contiguous()
     with torch.no_grad():
         api.attention_backward(
-            grad_out.transpose(1, 2),
+            dout.transpose(1, 2),
             q,
             k,
             v,
-            out.transpose(1, 2),
-            lse.contiguous(),
+            given["out"].transpose(1, 2),
+            given["logsumexp"].reshape(query.shape[:3]).contiguous(),  # cuDNN's: [B, H, N, 1]
             window=window,
-            scale=scale,
+            scale=given["scale"],
             dq=dq.transpose(1, 2),
             dk=dk.transpose(1, 2)[:, :seen],
             dv=dv.transpose(1, 2)[:, :seen],
@@ -246,194 +227,85 @@ def _backward(
     return dq, dk, dv
 
 
-# The replaced operators: each takes the operator's own arguments, and what its kernel was
+# The replaced operators. Each has a backward of its name with "_backward" behind it.
 
 
-def _flash_for_cpu(original: Any) -> Callable[..., Any]:
-    def kernel(
-        keys: Any,
-        query: Any,
-        key: Any,
-        value: Any,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        *,
-        attn_mask: Any = None,
-        scale: float | None = None,
-    ) -> Any:
-        try:
-            out, lse = _forward(query, key, value, attn_mask, dropout_p, is_causal, scale)
-        except NotImplementedError:
-            options = {"attn_mask": attn_mask, "scale": scale}
-            return original.call_boxed(keys, query, key, value, dropout_p, is_causal, **options)
-        # Laid out as torch's kernel does it: compiled code relies on it.
-        return out, lse.transpose(1, 2).contiguous().transpose(1, 2)
-
-    return kernel
+def _results_for_cpu(query: Any, key: Any, out: Any, lse: Any) -> Any:
+    # Laid out as torch's kernel does it: compiled code relies on it.
+    return out, lse.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _flash_for_cpu_backward(original: Any) -> Callable[..., Any]:
-    def heads_inside(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.empty_permuted(
-            tensor.shape, (0, 2, 1, 3), dtype=tensor.dtype, device=tensor.device
-        )
-
-    def kernel(
-        keys: Any,
-        grad_out: Any,
-        query: Any,
-        key: Any,
-        value: Any,
-        out: Any,
-        logsumexp: Any,
-        dropout_p: float,
-        is_causal: bool,
-        *,
-        attn_mask: Any = None,
-        scale: float | None = None,
-    ) -> Any:
-        tensors = (grad_out, query, key, value, out, logsumexp)
-        try:
-            return _backward(*tensors, attn_mask, dropout_p, is_causal, scale, heads_inside)
-        except NotImplementedError:
-            options = {"attn_mask": attn_mask, "scale": scale}
-            return original.call_boxed(keys, *tensors, dropout_p, is_causal, **options)
-
-    return kernel
+def _heads_inside(like: torch.Tensor) -> torch.Tensor:
+    return torch.empty_permuted(like.shape, (0, 2, 1, 3), dtype=like.dtype, device=like.device)
 
 
-def _flash(original: Any) -> Callable[..., Any]:
-    def kernel(
-        keys: Any,
-        query: Any,
-        key: Any,
-        value: Any,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        return_debug_mask: bool = False,
-        *,
-        scale: float | None = None,
-    ) -> Any:
-        try:
-            if return_debug_mask:
-                raise NotImplementedError("return_debug_mask: only torch's kernel has it")
-            out, lse = _forward(query, key, value, None, dropout_p, is_causal, scale)
-        except NotImplementedError:
-            plain = (query, key, value, dropout_p, is_causal, return_debug_mask)
-            return original.call_boxed(keys, *plain, scale=scale)
-        seed = torch.empty(2, dtype=torch.uint64, device=query.device)  # dropout's; nobody reads it
-        offset = torch.empty((), dtype=torch.uint64, device=query.device)
-        mask = torch.empty(0, dtype=query.dtype, device=query.device)
-        return out, lse, None, None, query.shape[2], key.shape[2], seed, offset, mask
-
-    return kernel
+def _results_of_flash(query: Any, key: Any, out: Any, lse: Any) -> Any:
+    seed = torch.empty(2, dtype=torch.uint64, device=query.device)  # dropout's; nobody reads it
+    offset = torch.empty((), dtype=torch.uint64, device=query.device)
+    mask = torch.empty(0, dtype=query.dtype, device=query.device)
+    return out, lse, None, None, query.shape[2], key.shape[2], seed, offset, mask
 
 
-def _flash_backward(original: Any) -> Callable[..., Any]:
-    def kernel(
-        keys: Any,
-        grad_out: Any,
-        query: Any,
-        key: Any,
-        value: Any,
-        out: Any,
-        logsumexp: Any,
-        cum_seq_q: Any,
-        cum_seq_k: Any,
-        max_q: int,
-        max_k: int,
-        dropout_p: float,
-        is_causal: bool,
-        philox_seed: Any,
-        philox_offset: Any,
-        *,
-        scale: float | None = None,
-    ) -> Any:
-        tensors = (grad_out, query, key, value, out, logsumexp)
-        try:
-            return _backward(*tensors, None, dropout_p, is_causal, scale, torch.empty_like)
-        except NotImplementedError:
-            rest = (cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal)
-            return original.call_boxed(
-                keys, *tensors, *rest, philox_seed, philox_offset, scale=scale
-            )
-
-    return kernel
+def _results_of_cudnn(query: Any, key: Any, out: Any, lse: Any) -> Any:
+    seed, offset = torch.empty(2, dtype=torch.int64, device=query.device).unbind()
+    return out, lse.unsqueeze(-1), None, None, query.shape[2], key.shape[2], seed, offset, None
 
 
-def _cudnn(original: Any) -> Callable[..., Any]:
-    def kernel(
-        keys: Any,
-        query: Any,
-        key: Any,
-        value: Any,
-        attn_bias: Any,
-        compute_log_sumexp: bool,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        return_debug_mask: bool = False,
-        *,
-        scale: float | None = None,
-    ) -> Any:
-        try:
-            if return_debug_mask:
-                raise NotImplementedError("return_debug_mask: only torch's kernel has it")
-            out, lse = _forward(query, key, value, attn_bias, dropout_p, is_causal, scale)
-        except NotImplementedError:
-            plain = (query, key, value, attn_bias, compute_log_sumexp, dropout_p, is_causal)
-            return original.call_boxed(keys, *plain, return_debug_mask, scale=scale)
-        seed, offset = torch.empty(2, dtype=torch.int64, device=query.device).unbind()
-        lse = lse.unsqueeze(-1)
-        return out, lse, None, None, query.shape[2], key.shape[2], seed, offset, None
+class _Operator(NamedTuple):
+    """A forward operator of torch's and what is its own in it and in its backward."""
 
-    return kernel
+    name: str
+    dispatch_key: str
+    results: Callable[[Any, Any, Any, Any], Any]  # around O and L; of query, key, O, L
+    empty: Callable[[torch.Tensor], torch.Tensor]  # memory for a gradient
 
 
-def _cudnn_backward(original: Any) -> Callable[..., Any]:
-    def kernel(
-        keys: Any,
-        grad_out: Any,
-        query: Any,
-        key: Any,
-        value: Any,
-        out: Any,
-        logsumexp: Any,
-        philox_seed: Any,
-        philox_offset: Any,
-        attn_bias: Any,
-        cum_seq_q: Any,
-        cum_seq_k: Any,
-        max_q: int,
-        max_k: int,
-        dropout_p: float,
-        is_causal: bool,
-        *,
-        scale: float | None = None,
-    ) -> Any:
-        tensors = (grad_out, query, key, value, out)
-        options = (attn_bias, dropout_p, is_causal, scale)
-        try:
-            return _backward(*tensors, logsumexp.squeeze(-1), *options, torch.empty_like)
-        except NotImplementedError:
-            rest = (philox_seed, philox_offset, attn_bias, cum_seq_q, cum_seq_k, max_q, max_k)
-            return original.call_boxed(
-                keys, *tensors, logsumexp, *rest, dropout_p, is_causal, scale=scale
-            )
-
-    return kernel
-
-
-_FLASH = "_scaled_dot_product_flash_attention"
-_CUDNN = "_scaled_dot_product_cudnn_attention"
-# (operator, key of torch's dispatcher, what makes our kernel from torch's)
-_REPLACED: tuple[tuple[str, str, Callable[[Any], Callable[..., Any]]], ...] = (
-    (f"{_FLASH}_for_cpu", "CPU", _flash_for_cpu),
-    (f"{_FLASH}_for_cpu_backward", "CPU", _flash_for_cpu_backward),
-    (_FLASH, "CUDA", _flash),
-    (f"{_FLASH}_backward", "CUDA", _flash_backward),
-    (_CUDNN, "CUDA", _cudnn),
-    (f"{_CUDNN}_backward", "CUDA", _cudnn_backward),
+_FLASH_FOR_CPU = _Operator(
+    "_scaled_dot_product_flash_attention_for_cpu", "CPU", _results_for_cpu, _heads_inside
 )
+_FLASH = _Operator(
+    "_scaled_dot_product_flash_attention", "CUDA", _results_of_flash, torch.empty_like
+)
+_CUDNN = _Operator(
+    "_scaled_dot_product_cudnn_attention", "CUDA", _results_of_cudnn, torch.empty_like
+)
+
+
+def _replace(library: Any, operator: _Operator, original_of: Callable[[str, str], Any]) -> None:
+    """Puts our forward and backward in the place of torch's. original_of: the kernel there was."""
+    key = operator.dispatch_key
+
+    def forward(given: dict[str, Any]) -> Any:
+        return operator.results(given["query"], given["key"], *_forward(given))
+
+    def backward(given: dict[str, Any]) -> Any:
+        return _backward(given, operator.empty)
+
+    for name, compute in ((operator.name, forward), (f"{operator.name}_backward", backward)):
+        kernel = _kernel(name, compute, original_of(f"aten::{name}", key))
+        library.impl(name, kernel, key, with_keyset=True)
+
+
+def _kernel(name: str, compute: Callable[[dict[str, Any]], Any], original: Any) -> Any:
+    """A kernel of the dispatcher: ours, which takes the operator's arguments by their names, or
+    for what it does not take torch's own."""
+    arguments = getattr(torch.ops.aten, name).default._schema.arguments
+    names = [argument.name for argument in arguments]
+    # The dispatcher leaves out what has its default.
+    defaults = {x.name: x.default_value for x in arguments if x.has_default_value()}
+
+    def kernel(keys: Any, *positional: Any, **named: Any) -> Any:
+        given = {**defaults, **dict(zip(names, positional)), **named}
+        try:
+            if given.get("return_debug_mask"):
+                raise NotImplementedError("return_debug_mask: only torch's kernel has it")
+            mask = given.get("attn_mask", given.get("attn_bias"))
+            _check(given["query"], given["key"], given["value"], mask, given["dropout_p"])
+            return compute(given)
+        except NotImplementedError:
+            return original.call_boxed(keys, *positional, **named)
+
+    return kernel
 
 
 class _Replacement:
@@ -449,10 +321,9 @@ class _Replacement:
         self.library: Any = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="(?s).*previously registered kernel")
-            for operator, key, replace in _REPLACED:
-                if key == "CPU" or torch.version.cuda is not None:
-                    original = torch.library.get_kernel(f"aten::{operator}", key)
-                    self.library.impl(operator, replace(original), key, with_keyset=True)
+            for operator in (_FLASH_FOR_CPU, _FLASH, _CUDNN):
+                if operator.dispatch_key == "CPU" or torch.version.cuda is not None:
+                    _replace(self.library, operator, torch.library.get_kernel)
 
     def remove(self) -> None:
         self.library._destroy()

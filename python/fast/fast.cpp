@@ -85,7 +85,7 @@ PyObject* raise(anyflash_status status) {
   return nullptr;
 }
 
-// Arguments. The options stand in the same order in anyflash._call.Arguments and BackwardArguments.
+// Arguments. The options stand in the order of anyflash._call.Options.
 
 enum Option {
   at_cu_seqlens_q,
@@ -435,10 +435,10 @@ PyCFunction fastcall(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize
 
 PyMethodDef methods[] = {
     {"forward", fastcall(forward), METH_FASTCALL,
-     "O, or (O, L), with gradients; the arguments of anyflash._call.Arguments by position."},
+     "O, or (O, L), with gradients; arguments by position, as anyflash._call says."},
     {"compute", fastcall(compute), METH_FASTCALL, "The same of plain memory, without gradients."},
     {"backward", fastcall(backward), METH_FASTCALL,
-     "(dQ, dK, dV); the arguments of anyflash._call.BackwardArguments by position."},
+     "(dQ, dK, dV); arguments by position, as anyflash._call says."},
     {"compute_backward", fastcall(compute_backward), METH_FASTCALL, "The same of plain memory."},
     {"bind", bind, METH_VARARGS,
      "bind(path, forward, compute, backward, compute_backward, show_notice): loads libanyflash; "

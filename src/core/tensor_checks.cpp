@@ -151,11 +151,11 @@ int64_t bytes_of_element(const anyflash_tensor& tensor) {
   return tensor.dtype == ANYFLASH_INT32 ? 4 : size_of(static_cast<DType>(tensor.dtype));
 }
 
-void check_apart(const Named& output, const Named& input) {
-  if (input.present() && may_overlap(output.tensor, bytes_of_element(output.tensor), input.tensor,
-                                     bytes_of_element(input.tensor)))
-    throw InvalidValue(std::string(output.name) + " shares memory with " + input.name +
-                       "; outputs must not overlap inputs: give it memory of its own");
+void check_apart(const Named& output, const Named& other, const char* others) {
+  if (other.present() && may_overlap(output.tensor, bytes_of_element(output.tensor), other.tensor,
+                                     bytes_of_element(other.tensor)))
+    throw InvalidValue(std::string(output.name) + " shares memory with " + other.name +
+                       "; outputs must not overlap " + others + ": give it memory of its own");
 }
 
 } // namespace anyflash

@@ -41,8 +41,9 @@ void check_dtype(const Named& named, int32_t dtype);
 void check_last_dim_contiguous(const Named& named);
 void check_contiguous(const Named& named);
 
-/// Outputs: every element has its own memory, and shares it with no input.
+/// Outputs: every element has its own memory, and shares it with no other tensor. others: what the
+/// other one is of, in words: "inputs".
 void check_written_once(const Named& named);
-void check_apart(const Named& output, const Named& input);
+void check_apart(const Named& output, const Named& other, const char* others);
 
 } // namespace anyflash

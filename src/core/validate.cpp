@@ -327,11 +327,11 @@ void check_outputs(std::span<const Named* const> outputs, std::span<const Named*
     check_written_once(output);
     const ByteRange written = range(output);
     // Most tensors lie far apart: that is quickly seen.
-    const auto check = [&](const Named& other) {
-      if (written.meets(range(other))) check_apart(output, other);
+    const auto check = [&](const Named& other, const char* others) {
+      if (written.meets(range(other))) check_apart(output, other, others);
     };
-    for (const Named* input : inputs) check(*input);
-    for (const Named* earlier : outputs.first(i)) check(*earlier);
+    for (const Named* input : inputs) check(*input, "inputs");
+    for (const Named* earlier : outputs.first(i)) check(*earlier, "one another");
   }
 }
 

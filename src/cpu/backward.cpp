@@ -142,31 +142,20 @@ private:
     for (int64_t i = item.first_strip; i < item.last_strip; ++i)
       strips.push_back(make_strip(head, sequence, i));
     GradientBlock block{};
+    static_cast<BlockBase&>(block) = block_base(problem_, sequence, head.h_k);
     block.strips = strips.data();
     block.strip_count = static_cast<int>(strips.size());
-    block.k = row_of(problem_, problem_.k, sequence.k, 0, head.h_k);
-    block.v = row_of(problem_, problem_.v, sequence.v, 0, head.h_k);
     block.dk = row_of(problem_, problem_.dk, sequence.dk, 0, head.h_k);
-    block.dv = row_of(problem_, problem_.dv_out, sequence.dv, 0, head.h_k);
+    block.dv_out = row_of(problem_, problem_.dv_out, sequence.dv, 0, head.h_k);
     if (head.parts > 1)
       block.partial = partials_.get() + head.partial + item.part * partial_of_part(sequence);
-    block.q_row = problem_.q.row;
-    block.k_row = problem_.k.row;
-    block.v_row = problem_.v.row;
-    block.o_row = problem_.o.row;
     block.dout_row = problem_.dout.row;
     block.dq_row = problem_.dq.row;
     block.dk_row = problem_.dk.row;
-    block.dv_row = problem_.dv_out.row;
-    block.d = static_cast<int>(problem_.d);
-    block.head_dim_v = static_cast<int>(problem_.dv);
-    block.seqlen_k = static_cast<int>(sequence.seqlen_k);
+    block.dv_out_row = problem_.dv_out.row;
     block.rows_k = static_cast<int>(sequence.rows_k);
-    block.scale = problem_.scale;
-    block.softcap = problem_.softcap;
-    block.alibi = problem_.alibi_slopes != nullptr;
-    kernels_.backward(
-        block, scratch.floats(set_.backward_scratch(block.strip_count, block.d, block.head_dim_v)));
+    kernels_.backward(block,
+                      scratch.floats(set_.backward_scratch(block.strip_count, block.d, block.dv)));
   }
 
   /// dK and dV of the key heads that have several parts.

@@ -36,19 +36,22 @@ struct Strip : Queries {
   float* partial; // row 0 of [rows, dv + 2]: O not divided by l, then m and l; null: not split
 };
 
-/// One task: strips that share their keys, in one sequence and one key head.
-struct Block {
-  const Strip* strips;
-  int strip_count;
-  const void* k; // key 0
-  const void* v;
+/// What every task has: the keys of one key head in one sequence, and how they are scored.
+struct BlockBase {
+  const void *k, *v;                  // key 0
   int64_t q_row, k_row, v_row, o_row; // elements between rows
   int d, dv;
-  int key_begin, key_end; // keys to visit
-  int seqlen_k;
+  int seqlen_k; // keys that may be seen
   float scale;
   float softcap; // 0: off
   bool alibi;
+};
+
+/// One task: strips that share their keys.
+struct Block : BlockBase {
+  const Strip* strips;
+  int strip_count;
+  int key_begin, key_end; // keys to visit
 };
 
 /// Up to gradient_rows queries of the backward.
@@ -58,20 +61,14 @@ struct GradientStrip : Queries {
   void* dq;                 // row 0
 };
 
-/// One task of the backward: strips and all keys of one key head in one sequence.
-struct GradientBlock {
+/// One task of the backward: strips and all keys that they may see.
+struct GradientBlock : BlockBase {
   const GradientStrip* strips;
   int strip_count;
-  const void *k, *v; // key 0
-  void *dk, *dv;     // key 0; not used when the queries are split
+  void *dk, *dv_out; // key 0; not used when the queries are split
   float* partial; // key 0 of [rows_k, d + dv]: what these strips add to dK and dV; null: not split
-  int64_t q_row, k_row, v_row, o_row, dout_row, dq_row, dk_row, dv_row; // elements between rows
-  int d, head_dim_v;
-  int seqlen_k; // keys that may be seen
-  int rows_k;   // rows of dK and dV; those from seqlen_k on get 0
-  float scale;
-  float softcap; // 0: off
-  bool alibi;
+  int64_t dout_row, dq_row, dk_row, dv_out_row; // elements between rows
+  int rows_k;                                   // rows of dK and dV; those from seqlen_k on get 0
 };
 
 /// Rows of dK or dV as sums of partial results, in order.

@@ -135,20 +135,9 @@ private:
     const Sequence sequence = sequence_of(problem_, item.b);
     Strips strips;
     Block block{};
+    static_cast<BlockBase&>(block) = block_base(problem_, sequence, item.h_k);
     block.strips = strips;
     block.strip_count = make_strips(item, sequence, strips);
-    block.k = row_of(problem_, problem_.k, sequence.k, 0, item.h_k);
-    block.v = row_of(problem_, problem_.v, sequence.v, 0, item.h_k);
-    block.q_row = problem_.q.row;
-    block.k_row = problem_.k.row;
-    block.v_row = problem_.v.row;
-    block.o_row = problem_.o.row;
-    block.d = static_cast<int>(problem_.d);
-    block.dv = static_cast<int>(problem_.dv);
-    block.seqlen_k = static_cast<int>(sequence.seqlen_k);
-    block.scale = problem_.scale;
-    block.softcap = problem_.softcap;
-    block.alibi = problem_.alibi_slopes != nullptr;
     choose_keys(item, block);
     if (tiling_.splits > 1) {
       float* partial = partial_of(item);

@@ -70,9 +70,8 @@ struct FlashBackward {
   const int d_panels, dv_panels;
 
   FlashBackward(const GradientBlock& the_block, float* the_scratch)
-      : block(the_block), layout(block.strip_count, block.d, block.head_dim_v),
-        scratch(the_scratch), d_panels(round_up(block.d, panel) / panel),
-        dv_panels(round_up(block.head_dim_v, panel) / panel) {}
+      : block(the_block), layout(block.strip_count, block.d, block.dv), scratch(the_scratch),
+        d_panels(round_up(block.d, panel) / panel), dv_panels(round_up(block.dv, panel) / panel) {}
 
   static bool sees_nothing(const Queries& strip) { return strip.key_begin >= strip.key_end; }
 
@@ -98,8 +97,8 @@ struct FlashBackward {
     const GradientStrip& strip = block.strips[index];
     Panel::pack_rows(static_cast<const T*>(strip.q), block.q_row, strip.rows, block.d, Br,
                      scratch + layout.q + of_strip(index, d_panels));
-    Panel::pack_rows(static_cast<const T*>(strip.dout), block.dout_row, strip.rows,
-                     block.head_dim_v, Br, scratch + layout.dout + of_strip(index, dv_panels));
+    Panel::pack_rows(static_cast<const T*>(strip.dout), block.dout_row, strip.rows, block.dv, Br,
+                     scratch + layout.dout + of_strip(index, dv_panels));
     float* lse = scratch + layout.lse + int64_t{index} * Br;
     float* delta = scratch + layout.delta + int64_t{index} * Br;
     for (int r = 0; r < strip.rows; ++r) {
@@ -109,8 +108,8 @@ struct FlashBackward {
       const T* o = static_cast<const T*>(strip.o) + r * block.o_row;
       const T* dout = static_cast<const T*>(strip.dout) + r * block.dout_row;
       Vector sum = Simd::set(0.0f);
-      for (int e = 0; e < block.head_dim_v; e += width) {
-        const int n = block.head_dim_v - e;
+      for (int e = 0; e < block.dv; e += width) {
+        const int n = block.dv - e;
         sum = Simd::multiply_add(Panel::load_first(o + e, n), Panel::load_first(dout + e, n), sum);
       }
       delta[r] = Simd::total(sum) - (strip.dlse ? strip.dlse[r] : 0.0f);
@@ -149,7 +148,7 @@ struct FlashBackward {
         });
       };
       multiply(q, layout.k_columns, block.d, layout.p);
-      multiply(dout, layout.v_columns, block.head_dim_v, layout.ds);
+      multiply(dout, layout.v_columns, block.dv, layout.ds);
     }
   }
 
@@ -275,7 +274,7 @@ struct FlashBackward {
       const T* k = static_cast<const T*>(block.k) + first * block.k_row;
       const T* v = static_cast<const T*>(block.v) + first * block.v_row;
       Panel::pack_columns(k, block.k_row, used, block.d, scratch + layout.k_columns);
-      Panel::pack_columns(v, block.v_row, used, block.head_dim_v, scratch + layout.v_columns);
+      Panel::pack_columns(v, block.v_row, used, block.dv, scratch + layout.v_columns);
       Panel::pack_rows(k, block.k_row, used, block.d, Bc, scratch + layout.k_rows);
       for (int i = 0; i < block.strip_count; ++i) step(i, first, used);
     }
@@ -283,14 +282,14 @@ struct FlashBackward {
       const float* dk = scratch + layout.dk + j * panel;
       const float* dv = scratch + layout.dv + j * panel;
       if (block.partial) {
-        float* to = block.partial + (int64_t{first} + j) * (block.d + block.head_dim_v);
+        float* to = block.partial + (int64_t{first} + j) * (block.d + block.dv);
         Panel::store_row(to, dk, block.d, Bc, block.scale);
-        Panel::store_row(to + block.d, dv, block.head_dim_v, Bc, 1.0f);
+        Panel::store_row(to + block.d, dv, block.dv, Bc, 1.0f);
       } else {
         Panel::store_row(static_cast<T*>(block.dk) + (int64_t{first} + j) * block.dk_row, dk,
                          block.d, Bc, block.scale);
-        Panel::store_row(static_cast<T*>(block.dv) + (int64_t{first} + j) * block.dv_row, dv,
-                         block.head_dim_v, Bc, 1.0f);
+        Panel::store_row(static_cast<T*>(block.dv_out) + (int64_t{first} + j) * block.dv_out_row,
+                         dv, block.dv, Bc, 1.0f);
       }
     }
   }

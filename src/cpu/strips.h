@@ -50,6 +50,24 @@ inline Queries unused_queries(const Sequence& sequence, int64_t first, int64_t m
   return queries;
 }
 
+/// What the tasks of key head h_k in a sequence have in common.
+inline BlockBase block_base(const Problem& problem, const Sequence& sequence, int64_t h_k) {
+  BlockBase base{};
+  base.k = row_of(problem, problem.k, sequence.k, 0, h_k);
+  base.v = row_of(problem, problem.v, sequence.v, 0, h_k);
+  base.q_row = problem.q.row;
+  base.k_row = problem.k.row;
+  base.v_row = problem.v.row;
+  base.o_row = problem.o.row;
+  base.d = static_cast<int>(problem.d);
+  base.dv = static_cast<int>(problem.dv);
+  base.seqlen_k = static_cast<int>(sequence.seqlen_k);
+  base.scale = problem.scale;
+  base.softcap = problem.softcap;
+  base.alibi = problem.alibi_slopes != nullptr;
+  return base;
+}
+
 /// The functions for the problem's dtype, of the instruction set in use.
 inline const Kernels& kernels_for(const InstructionSet& set, DType dtype) {
   return dtype == DType::float16    ? set.float16

@@ -1,4 +1,4 @@
-// A case of the list in memory, ready for the CPU backend, and the rule that a result must meet.
+// A case of the list in memory, as a problem.
 #pragma once
 
 #include <string>
@@ -26,8 +26,12 @@ struct Strided {
   int64_t at(int64_t b, int64_t row, int64_t head, int64_t e) const {
     return offset + b * strides.batch + row * strides.row + head * strides.head + e;
   }
-  View view(); // as problems have it
+  std::vector<double> values() const; // in order of batch, row, head, e
+  View view();                        // as problems have it
 };
+
+/// The nearest value of the dtype.
+double rounded(double x, DType dtype);
 
 /// A case with inputs of one dtype and poisoned outputs.
 struct CaseProblem {
@@ -54,33 +58,6 @@ struct CaseProblem {
   std::vector<float> lse, dlse, slopes;
   std::vector<int32_t> cu_q, cu_k;
 };
-
-/// What a result is compared with: the oracle, and how far the standard computation in the dtype
-/// (every product's result rounded to it) is from it.
-struct Expected {
-  struct Tensor {
-    std::vector<double> ref; // in order of batch, row, head, e
-    double standard_error = 0, standard_rms = 0;
-    double floor = 8 * 0x1p-23, rms_floor = 1e-7; // of float32; the rms floor of every dtype
-  };
-  Tensor o;
-  std::vector<float> lse;
-};
-
-struct ExpectedGradients {
-  Expected::Tensor dq, dk, dv;
-};
-
-Expected expected(const Case& the_case, DType dtype);
-ExpectedGradients expected_gradients(const Case& the_case, DType dtype);
-
-/// Empty if the outputs of `computed` meet the rule of tests/README.md, else one line: what is off,
-/// and where.
-std::string violation(const CaseProblem& computed, const Expected& expected);
-std::string violation(const CaseProblem& computed, const ExpectedGradients& expected);
-
-/// What this machine can run; under emulation, which is slow, the one that it is there for.
-std::vector<std::string> tested_instruction_sets();
 
 std::string name_of(DType dtype);
 

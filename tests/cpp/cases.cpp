@@ -60,6 +60,10 @@ Case case_of(nlohmann::json line) {
   return c;
 }
 
+Case make_case(const std::string& name, int d, int q, int k, int heads) {
+  return case_of({{"name", name}, {"d", d}, {"q", q}, {"k", k}, {"heads", heads}});
+}
+
 const std::vector<Case>& cases() {
   static const std::vector<Case> all = [] {
     std::ifstream file(ANYFLASH_CASES);

@@ -33,6 +33,9 @@ inline void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
 /// Reads one line. Throws for a field that nobody knows.
 Case case_of(nlohmann::json line);
 
+/// A dense case without options.
+Case make_case(const std::string& name, int d, int q, int k, int heads = 1);
+
 /// The cases that run everywhere.
 const std::vector<Case>& cases();
 

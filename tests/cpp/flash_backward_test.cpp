@@ -3,12 +3,11 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <cstring>
 #include <limits>
 
-#include "case_problem.h"
 #include "core/error.h"
 #include "cpu/cpu.h"
+#include "cpu_cases.h"
 #include "scoped_env.h"
 
 namespace anyflash {
@@ -37,40 +36,18 @@ void run(CaseProblem& c, const std::string& instruction_set) {
   cpu::backward(backward, cpu::tiling(backward));
 }
 
-class BackwardCases : public testing::TestWithParam<std::tuple<Case, DType>> {};
+void expect_the_rule(const Case& c, DType dtype) {
+  expect_the_rule(c, dtype, expected_gradients(c, dtype), run);
+}
+
+class BackwardCases : public testing::TestWithParam<CaseAndDType> {};
 
 TEST_P(BackwardCases, MeetsTheRule) {
   const auto& [c, dtype] = GetParam();
-  const ExpectedGradients wanted = expected_gradients(c, dtype);
-  CaseProblem computed(c, dtype);
-  for (const std::string& name : tested_instruction_sets()) {
-    run(computed, name);
-    EXPECT_EQ(violation(computed, wanted), "") << name;
-  }
+  expect_the_rule(c, dtype);
 }
 
-INSTANTIATE_TEST_SUITE_P(Cpu, BackwardCases,
-                         testing::Combine(testing::ValuesIn(tested_cases()),
-                                          testing::Values(DType::float32, DType::bfloat16,
-                                                          DType::float16)),
-                         [](const auto& info) {
-                           return test_name(std::get<0>(info.param).name) + "_" +
-                                  name_of(std::get<1>(info.param));
-                         });
-
-Case make_case(const std::string& name, int d, int q, int k) {
-  return case_of({{"name", name}, {"d", d}, {"q", q}, {"k", k}, {"heads", 2}});
-}
-
-void expect_the_rule(const Case& c, DType dtype) {
-  const ExpectedGradients wanted = expected_gradients(c, dtype);
-  CaseProblem computed(c, dtype);
-  for (const std::string& name : tested_instruction_sets()) {
-    run(computed, name);
-    EXPECT_EQ(violation(computed, wanted), "")
-        << name << " q " << c.q << " k " << c.k << " d " << c.d << " dv " << c.dv;
-  }
-}
+INSTANTIATE_TEST_SUITE_P(Cpu, BackwardCases, in_every_dtype(tested_cases()), suite_name);
 
 /// Lengths around every multiple that the tiles have.
 TEST(BackwardShapes, LengthsAroundTheTiles) {
@@ -79,7 +56,7 @@ TEST(BackwardShapes, LengthsAroundTheTiles) {
   for (int q : lengths)
     for (int k : lengths) {
       if (++turn % 4) continue; // a quarter of the pairs, all lengths
-      Case c = make_case("lengths", 24, q, k);
+      Case c = make_case("lengths", 24, q, k, 2);
       c.causal = turn % 8 == 0;
       if (turn % 3 == 0) c.window_left = k / 3;
       expect_the_rule(c, DType::float32);
@@ -89,7 +66,7 @@ TEST(BackwardShapes, LengthsAroundTheTiles) {
 TEST(BackwardShapes, EveryHeadDim) {
   for (int d = 1; d <= 256; d += d < 40 ? 3 : 27)
     for (DType dtype : {DType::float32, DType::bfloat16}) {
-      Case c = make_case("head dims", d, 9, 37);
+      Case c = make_case("head dims", d, 9, 37, 2);
       c.dv = d % 2 ? d : 257 - d;
       expect_the_rule(c, dtype);
     }
@@ -104,7 +81,7 @@ std::string bytes_of(const CaseProblem& c) {
 
 /// Heads that share a key head, rows that see nothing, and a split in the middle of a head.
 Case case_to_split() {
-  Case c = make_case("any splits", 40, 500, 300);
+  Case c = make_case("any splits", 40, 500, 300, 2);
   c.heads = 3;
   c.heads_k = 1;
   c.causal = true;
@@ -138,7 +115,7 @@ TEST(BackwardSplits, AnyNumberMeetsTheRule) {
 }
 
 TEST(BackwardReproducible, BitEqualForAnyNumberOfThreads) {
-  for (Case c : {case_to_split(), make_case("heads", 64, 200, 150)}) {
+  for (Case c : {case_to_split(), make_case("heads", 64, 200, 150, 2)}) {
     CaseProblem computed(c, DType::float32);
     std::string first;
     for (const char* threads : {"1", "2", "3", "7", "16", "2"}) {
@@ -151,7 +128,7 @@ TEST(BackwardReproducible, BitEqualForAnyNumberOfThreads) {
 }
 
 TEST(BackwardReproducible, PackedAndDenseAgreeBitForBit) {
-  Case dense = make_case("same", 72, 130, 200);
+  Case dense = make_case("same", 72, 130, 200, 2);
   dense.heads = 4;
   dense.heads_k = 2;
   dense.causal = true;
@@ -160,25 +137,13 @@ TEST(BackwardReproducible, PackedAndDenseAgreeBitForBit) {
   Case packed = dense;
   packed.packed = {{130, 200}, {130, 200}};
   CaseProblem b(packed, DType::float32);
-  const auto copy = [](const Strided& from, Strided& to) {
-    for (int64_t n = 0; n < from.batch * from.rows; ++n)
-      for (int64_t h = 0; h < from.heads; ++h)
-        for (int64_t e = 0; e < from.d; ++e)
-          to.set(to.at(0, n, h, e), from.get(from.at(n / from.rows, n % from.rows, h, e)));
-  };
-  copy(a.q, b.q);
-  copy(a.k, b.k);
-  copy(a.v, b.v);
-  copy(a.dout, b.dout);
+  copy_to_packed(a.q, b.q);
+  copy_to_packed(a.k, b.k);
+  copy_to_packed(a.v, b.v);
+  copy_to_packed(a.dout, b.dout);
   for (int64_t n = 0; n < 260; ++n)
     for (int64_t h = 0; h < 4; ++h)
       b.dlse[h * b.q.rows + n] = a.dlse[(n / 130 * 4 + h) * 130 + n % 130];
-  const auto expect_same = [](const Strided& x, const Strided& y) {
-    for (int64_t n = 0; n < x.batch * x.rows; ++n)
-      for (int64_t h = 0; h < x.heads; ++h)
-        for (int64_t e = 0; e < x.d; ++e)
-          ASSERT_EQ(x.get(x.at(n / x.rows, n % x.rows, h, e)), y.get(y.at(0, n, h, e)));
-  };
   for (const std::string& name : tested_instruction_sets()) {
     run(a, name);
     run(b, name);
@@ -189,7 +154,7 @@ TEST(BackwardReproducible, PackedAndDenseAgreeBitForBit) {
 }
 
 TEST(BackwardGradientOfLse, NoneIsZero) {
-  CaseProblem c(make_case("no dlse", 32, 70, 90), DType::float32);
+  CaseProblem c(make_case("no dlse", 32, 70, 90, 2), DType::float32);
   std::fill(c.dlse.begin(), c.dlse.end(), 0.0f);
   run(c, cpu::instruction_sets().front());
   const std::string with_zeros = bytes_of(c);
@@ -201,7 +166,7 @@ TEST(BackwardGradientOfLse, NoneIsZero) {
 
 /// What a loss does with L = -inf may well be no number.
 TEST(BackwardGradientOfLse, DoesNotMatterWhereARowSeesNothing) {
-  Case shape = make_case("empty rows", 32, 70, 40);
+  Case shape = make_case("empty rows", 32, 70, 40, 2);
   shape.causal = true; // queries 0 to 29 see nothing
   const ExpectedGradients wanted = expected_gradients(shape, DType::float32);
   CaseProblem c(shape, DType::float32);
@@ -216,7 +181,7 @@ TEST(BackwardGradientOfLse, DoesNotMatterWhereARowSeesNothing) {
 
 TEST(BackwardOfNothing, WritesZeros) {
   for (const auto& [q, k] : {std::pair{0, 50}, {50, 0}}) {
-    CaseProblem c(make_case("nothing", 16, q, k), DType::float32);
+    CaseProblem c(make_case("nothing", 16, q, k, 2), DType::float32);
     run(c, cpu::instruction_sets().front());
     int64_t zeros = 0;
     for (const Strided* x : {&c.dq, &c.dk, &c.dv})
@@ -227,7 +192,7 @@ TEST(BackwardOfNothing, WritesZeros) {
 }
 
 TEST(BackwardDType, Float64IsOfTheReference) {
-  CaseProblem c(make_case("double", 8, 4, 4), DType::float64);
+  CaseProblem c(make_case("double", 8, 4, 4, 2), DType::float64);
   const Problem p = c.backward_problem();
   EXPECT_THROW(cpu::backward(p, cpu::tiling(p)), NotSupported);
 }

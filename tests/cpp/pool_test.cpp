@@ -117,8 +117,9 @@ TEST(Pool, FollowsTheProcessesAffinity) {
 #endif
 
 Case medium_case() {
-  return case_of(
-      {{"name", "threads"}, {"d", 64}, {"q", 200}, {"k", 300}, {"heads", 4}, {"causal", true}});
+  Case c = make_case("threads", 64, 200, 300, 4);
+  c.causal = true;
+  return c;
 }
 
 /// O of a fresh run of the case, as bytes.

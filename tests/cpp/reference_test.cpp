@@ -11,16 +11,12 @@
 namespace anyflash {
 namespace {
 
-Case make_case(int d, int q, int k) {
-  return case_of({{"name", "reference"}, {"d", d}, {"q", q}, {"k", k}});
-}
-
 void set_all(Strided& t, double value) {
   for (int64_t i = 0; i < t.elements(); ++i) t.set(i, value);
 }
 
 TEST(Reference, OneKeyGivesItsValue) {
-  CaseProblem c(make_case(16, 5, 1), DType::float64);
+  CaseProblem c(make_case("reference", 16, 5, 1), DType::float64);
   cpu::reference(c.problem());
   for (int64_t i = 0; i < 5; ++i)
     for (int64_t e = 0; e < 16; ++e)
@@ -28,7 +24,7 @@ TEST(Reference, OneKeyGivesItsValue) {
 }
 
 TEST(Reference, EqualKeysGiveTheMeanValueAndTheLogOfTheirNumber) {
-  Case shape = make_case(8, 6, 6);
+  Case shape = make_case("reference", 8, 6, 6);
   shape.causal = true;
   CaseProblem c(shape, DType::float64);
   set_all(c.k, 0.0);
@@ -46,7 +42,7 @@ TEST(Reference, EqualKeysGiveTheMeanValueAndTheLogOfTheirNumber) {
 
 TEST(Reference, TwoKeysGiveTheLogisticFunction) {
   // Scores s and 0, values 1 and 0: O = 1 / (1 + e^-s), L = log(1 + e^s).
-  CaseProblem c(make_case(1, 1, 2), DType::float64);
+  CaseProblem c(make_case("reference", 1, 1, 2), DType::float64);
   c.q.set(0, 1);
   c.k.set(0, 0.7);
   c.k.set(1, 0);
@@ -72,7 +68,7 @@ TEST(Reference, TwoKeysGiveTheLogisticFunction) {
 }
 
 TEST(Reference, RowsThatSeeNoKeyAreZero) {
-  Case shape = make_case(4, 5, 2); // bottom-right: queries 0, 1, 2 see nothing
+  Case shape = make_case("reference", 4, 5, 2); // bottom-right: queries 0, 1, 2 see nothing
   shape.causal = true;
   CaseProblem c(shape, DType::float32);
   cpu::reference(c.problem());
@@ -132,8 +128,8 @@ TEST(Reference, PackedSequencesAreTheirOwnProblems) {
   int64_t first_q = 0, first_k = 0;
   for (size_t b = 0; b < shape.packed.size(); ++b) {
     const int n = shape.seqused_q[b], m = shape.seqused_k[b];
-    Case alone =
-        case_of({{"name", "alone"}, {"d", 8}, {"heads", 2}, {"q", n}, {"k", m}, {"causal", true}});
+    Case alone = make_case("alone", 8, n, m, 2);
+    alone.causal = true;
     CaseProblem dense(alone, DType::float64);
     const auto copy = [](const Strided& from, int64_t first, Strided& to) {
       for (int64_t row = 0; row < to.rows; ++row)
@@ -290,7 +286,7 @@ TEST(ReferenceBackward, EveryOptionIsAmongTheCasesThatAreDifferentiated) {
 }
 
 TEST(ReferenceBackward, WhatSeesNothingHasGradientZero) {
-  Case shape = make_case(4, 5, 2); // bottom-right: queries 0, 1, 2 see nothing
+  Case shape = make_case("reference", 4, 5, 2); // bottom-right: queries 0, 1, 2 see nothing
   shape.causal = true;
   CaseProblem c(shape, DType::float32);
   cpu::reference_backward(c.backward_problem());

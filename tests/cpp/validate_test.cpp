@@ -202,6 +202,29 @@ TEST(Validate, OutputsHoldEachElementOnce) {
   EXPECT_NO_THROW(validate(p));
 }
 
+std::string refusal(const anyflash_problem& p) {
+  try {
+    validate(p);
+  } catch (const InvalidValue& error) {
+    return error.what();
+  }
+  return "";
+}
+
+TEST(Validate, AnOutputIsApartFromInputsAndFromOtherOutputs) {
+  Buffer buffer;
+  anyflash_problem p = backward_of(dense({1, 8, 8}));
+  p.dq.data = buffer.memory.data();
+  p.dk.data = buffer.memory.data() + 8 * 2 * 64; // right behind dq
+  EXPECT_EQ(refusal(p), "");
+  p.dk.data = buffer.memory.data() + 8 * 2 * 64 - 1;
+  EXPECT_EQ(refusal(p), "dk shares memory with dq; outputs must not overlap one another: give it "
+                        "memory of its own");
+  p.dout.data = p.dk.data; // an input is named before an output
+  EXPECT_EQ(refusal(p), "dq shares memory with dout; outputs must not overlap inputs: give it "
+                        "memory of its own");
+}
+
 TEST(Validate, HugeStridesDoNotOverflow) {
   anyflash_problem p = dense({2, 8, 8});
   p.q.data = p.o.data = reinterpret_cast<void*>(uintptr_t{1} << 40);

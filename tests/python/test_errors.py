@@ -882,8 +882,8 @@ BACKWARD_REFUSALS = {
             {"dq": BOTH[:, :8], "dk": BOTH[:, :9, :2]},
             ValueError,
             (
-                "dk shares memory with dq; outputs must not overlap inputs: give it memory of its"
-                " own"
+                "dk shares memory with dq; outputs must not overlap one another: give it memory of "
+                "its own"
             ),
         ),
     ],

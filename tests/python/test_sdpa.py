@@ -359,10 +359,9 @@ def test_the_operators_of_gpus(operator, calls):
     aten = torch.ops.aten
     library = torch.library.Library("aten", "IMPL")
     try:
+        replaced = {"flash": _sdpa._FLASH, "cudnn": _sdpa._CUDNN}[operator]
+        _sdpa._replace(library, replaced._replace(dispatch_key="CPU"), lambda *name: None)
         if operator == "flash":
-            forward, backward = _sdpa._FLASH, f"{_sdpa._FLASH}_backward"
-            library.impl(forward, _sdpa._flash(None), "CPU", with_keyset=True)
-            library.impl(backward, _sdpa._flash_backward(None), "CPU", with_keyset=True)
             made = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=0.3)
             o, lse, cu_q, cu_k, max_q, max_k, seed, offset, mask = made
             gradients = aten._scaled_dot_product_flash_attention_backward(
@@ -372,9 +371,6 @@ def test_the_operators_of_gpus(operator, calls):
             )
             assert lse.shape == (2, 4, 5) and mask.numel() == 0
         else:
-            forward, backward = _sdpa._CUDNN, f"{_sdpa._CUDNN}_backward"
-            library.impl(forward, _sdpa._cudnn(None), "CPU", with_keyset=True)
-            library.impl(backward, _sdpa._cudnn_backward(None), "CPU", with_keyset=True)
             made = aten._scaled_dot_product_cudnn_attention(
                 q, k, v, None, True, 0.0, True, scale=0.3
             )
@@ -393,6 +389,34 @@ def test_the_operators_of_gpus(operator, calls):
     expected_gradients = torch.autograd.grad(expected.sum(), leaves)
     for ours, theirs in zip((o, *gradients), (expected, *expected_gradients)):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_operators_of_gpus_hand_on_what_they_got(calls):
+    """To torch's kernel, argument by argument, where ours does not take the call."""
+    q, k, v = (x.detach() for x in inputs(5, 7))
+    received = []
+
+    class Original:
+        def call_boxed(self, keys, *positional, **named):
+            received.append((positional[3:], named))
+            return (q, q, None, None, 0, 0, q, q, None)
+
+    library = torch.library.Library("aten", "IMPL")
+    try:
+        for replaced in (_sdpa._FLASH, _sdpa._CUDNN):
+            replaced = replaced._replace(dispatch_key="CPU")
+            _sdpa._replace(library, replaced, lambda *name: Original())
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        flash(q, k, v, 0.5, True, scale=0.3)
+        flash(q, k, v, return_debug_mask=True)
+        torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, q, False)
+    finally:
+        library._destroy()
+    assert not calls
+    assert [len(positional) for positional, _ in received] == [2, 3, 2]
+    assert received[0] == ((0.5, True), {"scale": 0.3})
+    assert received[1][0][-1] is True
+    assert received[2][0][0] is q
 
 
 @pytest.mark.gpu

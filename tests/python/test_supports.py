@@ -7,7 +7,7 @@ import json
 import anyflash
 import numpy as np
 import pytest
-from anyflash import _library
+from anyflash import _call, _library
 from case_list import load_cases
 
 GENERATIONS = [80, 86, 87, 89, 90, 100, 103, 120, 121]
@@ -91,6 +91,35 @@ def test_every_case_on_every_generation(name, generation):
     assert "bf16" in row
 
 
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("name", CASES)
+def test_the_backward_of_every_case_on_every_generation(name, generation):
+    case = CASES[name]
+    target = {"dtype": "float16", "device": f"sm_{generation}"}
+    answer = anyflash.supports(**question(case, **target), backward=True)
+    rows = json.loads(_library.rows_json())
+    if max(case.d, case.dv) > max(row_bucket(row)[0] for row in rows):
+        assert answer.reason.startswith("asked: backward of float16 with head dims")
+        return
+    if case.heads == 0 and case.batch and case.k and case.heads_k:
+        assert "without a query head" in answer.reason
+        return
+    assert answer, answer.reason
+    plan = answer.plan
+    assert plan.op == _library.BACKWARD
+    if case.batch == 0 or not (case.q and case.heads or case.k):
+        assert plan.launch_count == 0
+        return
+    launches = plan.launches[: plan.launch_count]
+    assert [launch.entry for launch in launches] == [1, 0, 2]  # before, the products, after
+    names = {rows[launch.row]["name"] for launch in launches}
+    assert len(names) == 1
+    (row,) = names
+    assert row.startswith("backward_") and "_fp16_" in row
+    assert ("general" if needs_general(case) else "plain") in row, row
+    assert (plan.workspace_bytes > 0) == ("_sm90_" in row or case.q * case.heads > 0)  # its counter
+
+
 def row_bucket(row):
     """(d, dv) of a row."""
     words = row["name"].split("_")
@@ -156,6 +185,36 @@ def test_refusals(changes, message):
     assert str(caught.value) == message
 
 
+def test_a_refusal_of_the_backward():
+    x = (1, 64, 4, 64)
+    answer = anyflash.supports(x, x, x, dtype="float32", device="sm_90", backward=True)
+    assert not answer and answer.reason.startswith("asked: backward of float32 on a GPU (sm_90);")
+
+
+def test_the_plan_of_a_backward_is_that_of_the_call():
+    q, k = np.zeros((2, 65, 4, 40), np.float32), np.zeros((2, 130, 2, 40), np.float32)
+    o, lse = anyflash.attention(q, k, k, return_lse=True)
+    options = (None, None, 0, 0, None, None, True, (9, 0), None, 0.0, None, None)
+    gradients = (q.copy(), k.copy(), k.copy())
+    arguments = _call.BackwardArguments.of(o, q, k, k, o, lse, None, *options, *gradients)
+    made = _library.make_plan(_call._BackwardCall(arguments).problem(), None)
+    asked = anyflash.supports(q, k, k, causal=True, window=(9, 0), backward=True)
+    assert bytes(asked.plan) == bytes(made)
+
+
+def test_torchs_switch_is_asked_for_the_backward():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    q = torch.zeros(1, 64, 4, 64, dtype=torch.float16)
+    asked = {"device": "sm_90", "backward": True}
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert "dQ deterministic" in anyflash.explain(q, q, q, **asked)
+        assert "dQ deterministic" not in anyflash.explain(q, q, q, deterministic=False, **asked)
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def test_questions_without_an_answer_are_errors():
     with pytest.raises(TypeError, match=r"^q is a shape; dtype= and device= must be given with it"):
         anyflash.supports(X, X, X)
@@ -165,6 +224,8 @@ def test_questions_without_an_answer_are_errors():
         anyflash.supports(X, X, X, dtype="float16", device="gpu")
     with pytest.raises(TypeError, match="dtype is 'int8'; it must be float16"):
         anyflash.supports(X, X, X, dtype="int8", device="cpu")
+    with pytest.raises(TypeError, match="backward is 'dq'; it must be True or False"):
+        anyflash.supports(X, X, X, dtype="float16", device="cpu", backward="dq")
 
 
 def test_tensors_may_ask_about_another_device():
@@ -222,6 +283,24 @@ def test_explain_has_every_part():
     ):
         assert part in text, text
     floor = 4 * 128 * pairs / 989e12
+    assert f"floor      {floor * 1e6:.3g} us" in text
+
+
+def test_explain_of_the_backward():
+    text = anyflash.explain(
+        X, X, X, causal=True, deterministic=True, dtype="bfloat16", device="sm_90", backward=True
+    )
+    pairs = 16 * 8192 * 8193 // 2
+    for part in (
+        "backward, bfloat16, dense: batch 1, seqlen_q 8192",
+        "dQ deterministic",
+        "backward_sm90_plain_bf16_d128_dv128",
+        "before     ",
+        "after      ",
+        f"{pairs} visible pairs",
+    ):
+        assert part in text, text
+    floor = 2 * 5 * 128 * pairs / 989e12  # five products
     assert f"floor      {floor * 1e6:.3g} us" in text
 
 

@@ -285,7 +285,7 @@ def test_deterministic_is_read_at_the_forward(binding, monkeypatch):
     seen = []
 
     def recorded(*arguments):
-        seen.append(_call.BackwardArguments(*arguments).deterministic)
+        seen.append(_call.BackwardArguments.of(*arguments).options.deterministic)
         return _call.backward(*arguments)
 
     monkeypatch.setattr(_backend, "backward", recorded)

@@ -211,6 +211,28 @@ def test_cuda_graph_of_forward_and_backward():
             assert torch.equal(a, b)
 
 
+CAPTURE_FIRST = """
+import torch, anyflash
+q, k, v, dout = (torch.randn(1, 65, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+anyflash.warm_up(q, k, v, causal=True, backward=True)
+def step():
+    o, lse = anyflash.attention(q, k, v, causal=True, return_lse=True)
+    return o, *anyflash.attention_backward(dout, q, k, v, o, lse, causal=True, deterministic=True)
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    results = step()
+graph.replay()
+for a, b in zip(results, step()):
+    assert torch.equal(a, b)
+"""
+
+
+@needs_gpu
+def test_a_first_call_is_captured_after_warm_up():
+    subprocess.run([sys.executable, "-c", CAPTURE_FIRST], check=True, timeout=300)
+
+
 @needs_gpu
 def test_cuda_graphs_of_a_compiled_module():
     block, x = block_and_input()

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch  # noqa: F401  the error of a missing torch comes here
 
 from .._sdpa import disable_sdpa, enable_sdpa, explain_sdpa, sdpa, sdpa_enabled
-from ..api import attention, attention_backward, attention_varlen, explain, supports
+from ..api import attention, attention_backward, attention_varlen
+from ..planning import explain, supports, warm_up
 
 __all__ = [
     "attention",
@@ -22,4 +23,5 @@ __all__ = [
     "sdpa",
     "sdpa_enabled",
     "supports",
+    "warm_up",
 ]

@@ -1,7 +1,4 @@
-"""Gradients of a call on plain tensors in eager mode: classic autograd Functions.
-
-Arguments stand in the order of `_call.Arguments` and `_call.BackwardArguments`.
-"""
+"""Gradients of a call on plain tensors in eager mode: classic autograd Functions."""
 
 from __future__ import annotations
 
@@ -11,13 +8,13 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import _backend
-from .._call import Arguments
+from .._call import Arguments, Options
 
-# Positions in `options`
-_CU_SEQLENS_Q = Arguments._fields.index("cu_seqlens_q") - 3
-_ALIBI_SLOPES = Arguments._fields.index("alibi_slopes") - 3
+# Positions in `Options`
+_CU_SEQLENS_Q = Options._fields.index("cu_seqlens_q")
+_ALIBI_SLOPES = Options._fields.index("alibi_slopes")
 _OPTIONAL_TENSORS = tuple(
-    Arguments._fields.index(name) - 3
+    Options._fields.index(name)
     for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "alibi_slopes")
 )
 
@@ -29,10 +26,11 @@ def forward(arguments: Arguments) -> Any:
             "out is given and a gradient is wanted; autograd keeps the output for the backward: "
             "leave out away, or call under torch.no_grad()"
         )
-    refuse_gradient_of_slopes(arguments.alibi_slopes)
-    o, lse = _backend.compute(*arguments[:-1], True)
-    options = (*arguments[3:14], deterministic_now(arguments.deterministic))
-    return attach(*arguments[:3], (o, lse, arguments.return_lse), options)
+    q, k, v, options = arguments[:4]
+    refuse_gradient_of_slopes(options.alibi_slopes)
+    o, lse = _backend.compute(q, k, v, *options, None, True)
+    deterministic = deterministic_now(options.deterministic)
+    return attach(q, k, v, (o, lse, arguments.return_lse), (*options[:-1], deterministic))
 
 
 def refuse_gradient_of_slopes(slopes: Any) -> None:
@@ -90,8 +88,7 @@ class Attention(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(ctx: Any, q: Any, k: Any, v: Any, results: Any, options: Any) -> Any:
-        """results: (o, lse, is L wanted). options: those of `_call.Arguments` from cu_seqlens_q to
-        deterministic."""
+        """results: (o, lse, is L wanted). options: a tuple in the order of `Options`."""
         o, lse, return_lse = results
         ctx.set_materialize_grads(False)
         if options[_CU_SEQLENS_Q] is None and options[_ALIBI_SLOPES] is None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .. import _backend
-from .._call import Arguments, BackwardArguments
+from .._call import Arguments, BackwardArguments, Options
 from ._autograd import (
     deterministic_now,
     refuse_forward_mode,
@@ -31,7 +31,7 @@ if not hasattr(torch.library, "register_autograd"):
         "torch 2.4 or newer"
     )
 
-_INPUTS = (
+_OPTIONS = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
     "Tensor? seqused_q, Tensor? seqused_k, bool causal, SymInt? window_left, SymInt? window_right, "
     "float? scale, float softcap, Tensor? alibi_slopes, bool deterministic"
@@ -40,11 +40,11 @@ _LIBRARY = torch.library.Library("anyflash", "DEF")
 # Kernels want contiguous last dimensions: a compiler must not choose other strides.
 _TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
 _LIBRARY.define(
-    f"attention(Tensor q, Tensor k, Tensor v, {_INPUTS}) -> (Tensor, Tensor)", tags=_TAGS
+    f"attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)", tags=_TAGS
 )
 _LIBRARY.define(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"Tensor? dlse, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
+    f"Tensor? dlse, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 _attention = torch.ops.anyflash.attention.default
@@ -62,21 +62,11 @@ def forward(arguments: Arguments) -> Any:
             "subclass); available: results of the call's own; missing: an operator that writes: "
             "leave out away"
         )
-    refuse_gradient_of_slopes(arguments.alibi_slopes)
+    refuse_gradient_of_slopes(arguments.options.alibi_slopes)
     if not torch.compiler.is_compiling():
         refuse_forward_mode(arguments)
-    left, right = arguments.window
     operator = _FunctionalAttention.apply if _inside_functorch() else _attention
-    o, lse = operator(
-        *arguments[:9],
-        arguments.causal,
-        left,
-        right,
-        arguments.scale,
-        arguments.softcap,
-        arguments.alibi_slopes,
-        deterministic_now(arguments.deterministic),
-    )
+    o, lse = operator(*arguments[:3], *_spread(arguments.options))
     return (o, lse) if arguments.return_lse else o
 
 
@@ -88,18 +78,8 @@ def backward(arguments: BackwardArguments) -> Any:
             "a tensor subclass); available: results of the call's own; missing: an operator that "
             "writes: leave them away"
         )
-    left, right = arguments.window
     operator = _FunctionalBackward.apply if _inside_functorch() else _attention_backward
-    return operator(
-        *arguments[:13],
-        arguments.causal,
-        left,
-        right,
-        arguments.scale,
-        arguments.softcap,
-        arguments.alibi_slopes,
-        deterministic_now(arguments.deterministic),
-    )
+    return operator(*arguments[:7], *_spread(arguments.options))
 
 
 def _inside_functorch() -> bool:
@@ -107,21 +87,32 @@ def _inside_functorch() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+# An operator's options: those of a call, but the window is two numbers and torch's switch has been
+# asked
+
+_WINDOW = Options._fields.index("window")
+
+
+def _spread(options: Options) -> tuple[Any, ...]:
+    deterministic = deterministic_now(options.deterministic)
+    return (*options[:_WINDOW], *options.window, *options[_WINDOW + 1 : -1], deterministic)
+
+
+def _gathered(spread: tuple[Any, ...]) -> tuple[Any, ...]:
+    left, right = spread[_WINDOW : _WINDOW + 2]
+    return (*spread[:_WINDOW], (left, right), *spread[_WINDOW + 2 :])
+
+
 # Kernels
 
 
-def _positional(values: tuple[Any, ...], tensors: int) -> tuple[Any, ...]:
-    """An operator's arguments in the order of `_call.Arguments`, whose window is a pair."""
-    at = tensors + 7  # window_left
-    return (*values[:at], (values[at], values[at + 1]), *values[at + 2 :])
-
-
-def _attention_kernel(*values: Any) -> Any:
-    return _backend.compute(*_positional(values, 3), None, True)
+def _attention_kernel(q: Any, k: Any, v: Any, *options: Any) -> Any:
+    return _backend.compute(q, k, v, *_gathered(options), None, True)
 
 
 def _backward_kernel(*values: Any) -> Any:
-    return _backend.compute_backward(*_positional(values, 7), None, None, None)
+    options = _gathered(values[7:])
+    return _backend.compute_backward(*values[:7], *options, None, None, None)
 
 
 def _attention_fake(q: Any, k: Any, v: Any, *options: Any) -> Any:

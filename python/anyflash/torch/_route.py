@@ -16,7 +16,6 @@ from torch.autograd import forward_ad
 from .._call import Arguments, BackwardArguments
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_TENSORS = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "alibi_slopes")
 
 
 def of_forward(arguments: Arguments) -> Callable[[Any], Any] | None:
@@ -44,7 +43,9 @@ def of_backward(arguments: BackwardArguments) -> Callable[[Any], Any] | None:
 
 
 def _needs_dispatcher(arguments: Arguments | BackwardArguments) -> bool:
-    return _watched() or any(isinstance(x, torch.Tensor) and not _is_plain(x) for x in arguments)
+    return _watched() or any(
+        isinstance(x, torch.Tensor) and not _is_plain(x) for x in (*arguments, *arguments.options)
+    )
 
 
 def _is_plain(x: Any) -> bool:

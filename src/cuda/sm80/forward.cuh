@@ -34,11 +34,12 @@ struct Forward {
   using Output = Accumulator<m_tiles, Row::dv / 8>;
   using State = SoftmaxState<2 * m_tiles>;
 
-  static constexpr int k_bytes = Row::k_stages * KTile::bytes;
   static constexpr int k_begin = QTile::bytes; // offsets in shared memory
-  static constexpr int v_begin = k_begin + k_bytes;
-  static constexpr int shared_bytes =
-      forward_shared_bytes(Row::d, Row::dv, Row::Br, Row::Bc, Row::k_stages, Row::v_stages);
+  static constexpr int v_begin = k_begin + Row::k_stages * KTile::bytes;
+  static constexpr int v_end = v_begin + Row::v_stages * VTile::bytes;
+  static_assert((v_end > OTile::bytes ? v_end : OTile::bytes) ==
+                forward_shared_bytes(Row::d, Row::dv, Row::Br, Row::Bc, Row::k_stages,
+                                     Row::v_stages));
 };
 
 /// The queries of one warp as A fragments: kept in registers, or read from shared memory for each
