@@ -22,7 +22,7 @@ struct ForwardParams : anyflash::ForwardParams {
 /// tma_load_ragged.
 struct BackwardParams : anyflash::BackwardParams {
   TensorMap q_map, k_map, v_map, dout_map;
-  int32_t* tickets;    // workspace: key blocks handed out so far; null: in fixed order
+  int32_t* tickets;    // workspace: key blocks handed out so far
   uint32_t key_blocks; // over all key heads of all sequences
   uint32_t padding_sm90;
 };

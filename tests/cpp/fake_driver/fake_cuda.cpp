@@ -11,7 +11,7 @@ namespace {
 thread_local std::vector<Context*> stack;
 thread_local int mode = 0; // global
 
-Context primary[device_count] = {{0}, {1}, {2}, {3}, {4}};
+Context primary[device_count] = {{0}, {1}, {2}, {3}, {4}, {5}};
 
 struct Config { // CUlaunchConfig
   unsigned grid[3], block[3], shared_bytes;

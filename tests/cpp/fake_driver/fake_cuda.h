@@ -69,7 +69,7 @@ struct State {
 
 State& state();
 Context* primary_context(int device);
-constexpr int capabilities[] = {90, 80, 86, 100, 120}; // of the devices
+constexpr int capabilities[] = {90, 80, 86, 100, 120, 90}; // of the devices
 constexpr int device_count = std::size(capabilities);
 
 /// The context that is current on this thread; null if there is none.

@@ -378,7 +378,7 @@ TEST_F(LaunchTest, NothingIsLaunchedWithoutBlocks) {
 }
 
 TEST_F(LaunchTest, UnknownGpusAndRowsAreNamed) {
-  EXPECT_THROW(get_gpu(2), RuntimeError);
+  EXPECT_THROW(get_gpu(fake_cuda::device_count), RuntimeError);
   EXPECT_THROW(get_gpu(-1), RuntimeError);
   anyflash_plan plan = plan_of(rows()[0], 0);
   plan.launches[0].row = 100000;

@@ -79,8 +79,7 @@ void Block::run(const Launch& new_launch, Index new_index) {
     }
   }
   if (fault_.empty()) end();
-  if (!fault_.empty())
-    throw std::runtime_error("block " + std::to_string(index.x) + ": " + fault_);
+  if (!fault_.empty()) throw std::runtime_error("block " + std::to_string(index.x) + ": " + fault_);
 }
 
 bool Block::is_ready(size_t warp) const {
@@ -92,8 +91,7 @@ bool Block::is_ready(size_t warp) const {
 
 /// What must not be left when a block is over.
 void Block::end() {
-  if (!copies_.empty())
-    fault_ = "the block is over, and a copy that uses its shared memory is not";
+  if (!copies_.empty()) fault_ = "the block is over, and a copy that uses its shared memory is not";
   for (const Products& products : products_)
     if (!products.running.empty()) fault_ = "a warpgroup is over, and a product of it is not";
 }
@@ -186,9 +184,8 @@ void Block::together(Act act, void* mine) {
   warp.brought[static_cast<size_t>(current_ % warp_lanes)] = mine ? mine : &warp;
   ++warp.arrived;
   const auto lanes = lanes_of(static_cast<size_t>(current_ / warp_lanes));
-  const auto here = std::count_if(lanes.begin(), lanes.end(), [](const auto& thread) {
-    return thread->state != Thread::over;
-  });
+  const auto here = std::count_if(lanes.begin(), lanes.end(),
+                                  [](const auto& thread) { return thread->state != Thread::over; });
   if (warp.arrived < here) return wait("lanes of its warp");
   act(warp.brought.data());
   warp.arrived = 0;
@@ -200,7 +197,8 @@ void Block::together(Act act, void* mine) {
 void Block::barrier(int id, int threads, bool waits) {
   NamedBarrier& barrier = named_[id];
   const int wanted = threads ? threads : alive_;
-  if (wanted % warp_lanes && threads) fail("a named barrier of a number of threads that is no multiple of 32");
+  if (wanted % warp_lanes && threads)
+    fail("a named barrier of a number of threads that is no multiple of 32");
   if (barrier.arrived > 0 && barrier.threads != wanted && threads)
     fail("threads come to a named barrier with different numbers of threads");
   barrier.threads = wanted;

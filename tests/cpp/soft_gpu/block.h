@@ -97,8 +97,8 @@ struct RunningProduct {
 /// The products of a warpgroup. Each warp starts, commits and waits for itself.
 struct Products {
   struct Warp {
-    size_t started = 0, retired = 0; // products
-    int group = 0;                   // of the next one
+    size_t started = 0, retired = 0;             // products
+    int group = 0;                               // of the next one
     std::map<float*, std::shared_ptr<Sum>> sums; // by the registers of its first lane
   };
   Warp warps[warpgroup_warps];
@@ -142,8 +142,9 @@ private:
   bool run_warp(size_t warp);
   bool is_ready(size_t warp) const;
   std::span<const std::unique_ptr<Thread>> lanes_of(size_t warp) const {
-    return std::span(threads_).subspan(warp * warp_lanes).first(
-        std::min<size_t>(warp_lanes, static_cast<size_t>(count_) - warp * warp_lanes));
+    return std::span(threads_)
+        .subspan(warp * warp_lanes)
+        .first(std::min<size_t>(warp_lanes, static_cast<size_t>(count_) - warp * warp_lanes));
   }
   void thread_is_over();
   bool all_over() const { return alive_ == 0; }

@@ -6,8 +6,8 @@
 #include <cstring>
 #include <limits>
 
-#include "block.h"
 #include "../fake_driver/fake_cuda.h"
+#include "block.h"
 #include "cpu/convert.h"
 
 namespace soft_gpu {
@@ -124,7 +124,8 @@ namespace {
 
 /// Calls act(shared address, global address or null) for each element of a box.
 template <class Act2>
-void for_each_element(uint32_t shared, const fake_cuda::TensorMap& map, const int* coordinates, Act2 act) {
+void for_each_element(uint32_t shared, const fake_cuda::TensorMap& map, const int* coordinates,
+                      Act2 act) {
   int at[5] = {};
   uint32_t number = 0;
   while (true) {
@@ -338,8 +339,8 @@ void start(void* const* lanes) {
   if (at == products.running.size()) {
     RunningProduct& product = products.running.emplace_back();
     product.group = warp.group;
-    product.sum = fresh ? std::make_shared<Sum>(Sum{
-                              first.n, std::vector<float>(static_cast<size_t>(rows * first.n))})
+    product.sum = fresh ? std::make_shared<Sum>(
+                              Sum{first.n, std::vector<float>(static_cast<size_t>(rows * first.n))})
                         : found->second;
     product.lanes[0] = first;
   }

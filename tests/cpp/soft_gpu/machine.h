@@ -74,7 +74,7 @@ struct Product {
   float* d;          // this lane's accumulators
   const uint32_t* a; // this lane's fragments; null: `a_shared` describes A
   uint64_t a_shared, b_shared;
-  int n; // columns of B
+  int n;                     // columns of B
   bool a_by_rows, b_by_rows; // the operand in shared memory is stored by its k
   bool is_bf16, accumulate;
 };

@@ -30,7 +30,8 @@ std::string read(const fs::path& path) {
 
 /// Ways in for the driver, which does not know the parameters' type.
 std::string entries_of(const std::string& source) {
-  static const std::regex kernel(R"(extern "C" __global__ void __launch_bounds__\([^)]*\) (\w+)\()");
+  static const std::regex kernel(
+      R"(extern "C" __global__ void __launch_bounds__\([^)]*\) (\w+)\()");
   std::string text = "template <class P> void enter(void (*f)(P), const void* p) "
                      "{ f(*static_cast<const P*>(p)); }\n";
   for (std::sregex_iterator at(source.begin(), source.end(), kernel), end; at != end; ++at)
@@ -90,12 +91,13 @@ int nvrtcCompileProgram(Program* program, int count, const char* const* options)
                            std::to_string(arch) + "_" + std::to_string(getpid());
   fs::create_directories(folder);
   std::ofstream(stem + ".cpp") << program->source << entries_of(program->source) << windows;
-  const std::string command =
-      std::string(SOFT_GPU_COMPILER) +
-      " -std=c++20 -O2 -fPIC -shared -fvisibility=hidden -fno-gnu-unique -fno-extern-tls-init -fno-strict-aliasing -w"
-      " -D__CUDA_ARCH__=" + std::to_string(arch * 10) +
-      " -I" SOFT_GPU_FOLDER " -I" SOFT_GPU_SOURCES " " + stem + ".cpp -o " + stem + ".so 2> " +
-      stem + ".log";
+  const std::string command = std::string(SOFT_GPU_COMPILER) +
+                              " -std=c++20 -O2 -fPIC -shared -fvisibility=hidden -fno-gnu-unique "
+                              "-fno-extern-tls-init -fno-strict-aliasing -w"
+                              " -D__CUDA_ARCH__=" +
+                              std::to_string(arch * 10) +
+                              " -I" SOFT_GPU_FOLDER " -I" SOFT_GPU_SOURCES " " + stem + ".cpp -o " +
+                              stem + ".so 2> " + stem + ".log";
   const int status = std::system(command.c_str());
   program->log = read(stem + ".log");
   if (status != 0) return 6;

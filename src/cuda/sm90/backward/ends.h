@@ -61,7 +61,7 @@ DEVICE void backward_pre(const BackwardParams& p) {
   // A group of lanes takes a row, 8 columns a lane.
   constexpr int lanes = Row::dv <= 64 ? 8 : Row::dv <= 128 ? 16 : 32;
   let_next_kernel_start();
-  if (blockIdx.x == 0 && threadIdx.x == 0 && p.tickets) *p.tickets = 0;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.tickets = 0;
   const QueryBlock<Row> block(p, blockIdx.x);
   if (block.outside()) return;
   const int64_t first_row = workspace_row<Row>(p, block.sequence, block.head) + block.first_query;

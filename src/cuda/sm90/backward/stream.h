@@ -66,7 +66,8 @@ struct QueryCursor {
 
 /// The thread that decides which block of keys comes next. They are handed out by a counter in
 /// global memory, in their order, and as late as the loader can do with: who holds work early makes
-/// others wait at the end. The first of a thread block is its own index.
+/// others wait at the end. The first of a thread block is its own index, unless blocks wait for
+/// each other: one that is not running yet must hold nothing.
 template <class Row>
 class Scheduler {
   using F = Backward<Row>;
@@ -77,7 +78,8 @@ public:
         barriers_{shared_address(shared_memory) + F::at.barriers} {}
 
   DEVICE void run() {
-    uint32_t ticket = blockIdx.x;
+    const uint32_t taken = p_.turns ? 0 : gridDim.x; // before the counter begins
+    uint32_t ticket = p_.turns ? next_ticket() : blockIdx.x;
     ROLLED
     while (true) {
       mbarrier_wait(barriers_.work_empty(at_.stage()), at_.phase() ^ 1);
@@ -88,11 +90,12 @@ public:
       if (over) return;
       mbarrier_wait(barriers_.work_wanted(), at_.count & 1);
       at_.advance();
-      ticket = p_.tickets ? gridDim.x + atomicAdd(p_.tickets, 1) : ticket + gridDim.x;
+      ticket = taken + next_ticket();
     }
   }
 
 private:
+  DEVICE uint32_t next_ticket() const { return atomicAdd(p_.tickets, 1); }
   DEVICE volatile Work& slot() const {
     return *reinterpret_cast<volatile Work*>(work_ + at_.stage() * backward_work_bytes);
   }

@@ -54,9 +54,7 @@ inline float __log2f(float x) { return std::log2(x); }
 inline void __syncthreads() { soft_gpu::block_barrier(0, 0, true); }
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int atomicAdd(int* target, int x) {
-  return __atomic_fetch_add(target, x, __ATOMIC_RELAXED);
-}
+inline int atomicAdd(int* target, int x) { return __atomic_fetch_add(target, x, __ATOMIC_RELAXED); }
 
 inline void __syncwarp() {
   soft_gpu::warp_together([](void* const*) {}, nullptr);

@@ -16,8 +16,8 @@ inline float tanh_approx(float x) { return std::tanh(x); }
 
 template <class T>
 uint32_t pack(float low, float high) {
-  return soft_gpu::to_half(low, same<T, bf16>) |
-         uint32_t{soft_gpu::to_half(high, same<T, bf16>)} << 16;
+  return soft_gpu::to_half(low, same<T, bf16>) | uint32_t{soft_gpu::to_half(high, same<T, bf16>)}
+                                                     << 16;
 }
 template <class T>
 float2 unpack(uint32_t pair) {
