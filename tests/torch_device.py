@@ -1,17 +1,20 @@
 """Where the tests of torch run, and the dtype that they use there.
 
-ANYFLASH_TEST_DEVICE=cuda: on the GPU. By default on the CPU.
+ANYFLASH_TEST_DEVICE=cuda: on the GPU. By default on the CPU; what only a GPU can show is skipped.
 """
 
 from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 
 DEVICE = os.environ.get("ANYFLASH_TEST_DEVICE", "cpu")
 ON_GPU = DEVICE.startswith("cuda")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32  # GPUs have no float32 kernels
+EPS = torch.finfo(DTYPE).eps
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU (ANYFLASH_TEST_DEVICE=cuda)")
 
 
 def qkv(

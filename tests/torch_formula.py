@@ -71,6 +71,11 @@ def int32(values: list[int], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=like.device)
 
 
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    """O by the formula, in the place of anyflash.attention."""
+    return Problem(q, k, v, options).formula()[0]
+
+
 def slopes_of(slopes: torch.Tensor | None, b: int) -> torch.Tensor | None:
     return slopes if slopes is None or slopes.dim() == 1 else slopes[b]
 
@@ -137,6 +142,17 @@ def gradients(problem: Problem, results: Any, use_lse: bool) -> tuple[torch.Tens
         allow_unused=True,
         materialize_grads=True,
     )
+
+
+def assert_close(ours: Any, expected: Any, tolerance: float) -> None:
+    """Errors over the largest number of all: a gradient may be 0 because its sums cancel."""
+    ours, expected = list(ours), list(expected)
+    assert len(ours) == len(expected)
+    scale = max(float(y.abs().max()) for y in expected)
+    for i, (x, y) in enumerate(zip(ours, expected)):
+        assert x.shape == y.shape
+        error = float((x.double() - y.double()).abs().max()) / scale
+        assert error < tolerance, f"result {i}: {error:.2e}"
 
 
 def worst(ours: Any, exact: Any, peer: Any) -> str | None:

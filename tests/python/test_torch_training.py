@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import subprocess
@@ -14,11 +15,9 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 anyflash = pytest.importorskip("anyflash", reason="anyflash is not installed")
 
 from torch.utils.checkpoint import checkpoint
-from torch_device import DEVICE, DTYPE, ON_GPU, qkv
-from torch_formula import loss_of
-
-needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU (ANYFLASH_TEST_DEVICE=cuda)")
-
+from torch_device import DEVICE, DTYPE, ON_GPU, needs_gpu, qkv
+from torch_formula import attention as formula
+from torch_formula import int32, loss_of, worst
 
 # Autocast
 
@@ -64,14 +63,15 @@ def test_autocast_of_the_other_device_changes_nothing(binding):
 
 
 class Block(torch.nn.Module):
-    def __init__(self):
+    def __init__(self, attention=anyflash.attention):
         super().__init__()
         self.project = torch.nn.Linear(32, 3 * 32)
         self.out = torch.nn.Linear(32, 32)
+        self.attention = attention
 
     def forward(self, x):
         q, k, v = self.project(x).unflatten(-1, (3, 2, 16)).unbind(-3)
-        return x + self.out(anyflash.attention(q, k, v, causal=True).flatten(-2))
+        return x + self.out(self.attention(q, k, v, causal=True).flatten(-2))
 
 
 def block_and_input():
@@ -90,6 +90,19 @@ def gradients(block, x, run):
 
 def plain(block, x):
     return block(x)
+
+
+def violation_of(ours, block, x):
+    """What the rule says of y and all gradients of this block."""
+    standard = copy.deepcopy(block)
+    standard.attention = formula
+    exact = gradients(copy.deepcopy(standard).double(), x.detach().double().requires_grad_(), plain)
+    return worst(ours, exact, gradients(standard, x.detach().requires_grad_(), plain))
+
+
+def test_a_block(binding):
+    block, x = block_and_input()
+    assert violation_of(gradients(block, x, plain), block, x) is None
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -132,29 +145,33 @@ def test_selective_checkpoint(binding):
 
 # Data parallel
 
+# On a GPU both processes share it. What is reduced is float32 there, too: attention is autocast.
 TRAIN = """
 import os, sys
 import torch, torch.distributed as dist
 sys.path[:0] = {path!r}
 from test_torch_training import Block
+from torch_device import DEVICE, ON_GPU
 rank = int(sys.argv[1])
 torch.set_num_threads(1)
 store = dist.FileStore({store!r}, 2)
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
 torch.manual_seed(0)
-module = torch.nn.parallel.DistributedDataParallel(Block())
-inputs = torch.randn(4, 9, 32)
-module(inputs[2 * rank : 2 * rank + 2]).square().sum().backward()
-single = Block()
+module = torch.nn.parallel.DistributedDataParallel(Block().to(DEVICE))
+inputs = torch.randn(4, 9, 32).to(DEVICE)
+single = Block().to(DEVICE)
 single.load_state_dict(module.module.state_dict())
-single(inputs).square().sum().div(2).backward()
+with torch.autocast(DEVICE, torch.bfloat16, enabled=ON_GPU):
+    parts = module(inputs[2 * rank : 2 * rank + 2]), single(inputs)
+parts[0].square().sum().backward()
+parts[1].square().sum().div(2).backward()
 for a, b in zip(module.parameters(), single.parameters()):
-    torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+    error = (a.grad - b.grad).abs().max() / b.grad.abs().max()
+    assert error < (2e-2 if ON_GPU else 1e-5), float(error)
 dist.destroy_process_group()
 """
 
 
-@pytest.mark.skipif(ON_GPU, reason="gloo, two processes: a test of the CPU; no GPU is in it")
 def test_ddp_on_two_processes():
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
@@ -172,25 +189,18 @@ def test_ddp_on_two_processes():
         ]
         try:
             for process in processes:
-                output, _ = process.communicate(timeout=120)
+                output, _ = process.communicate(timeout=300)
                 assert process.returncode == 0, output
         finally:
             for process in processes:
                 process.kill()
 
 
-# GPUs
+# GPUs: CUDA graphs
 
 
-@needs_gpu
-def test_cuda_graph_of_forward_and_backward():
-    tensors = qkv(n=65, m=129, d=64)
-    dout = torch.randn_like(tensors[0])
-
-    def step():
-        o, lse = anyflash.attention(*tensors, causal=True, return_lse=True)
-        return (o, lse, *torch.autograd.grad((o, lse), tensors, (dout, torch.ones_like(lse))))
-
+def captured(step):
+    """A graph of step, and its results, which every replay writes."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -200,15 +210,62 @@ def test_cuda_graph_of_forward_and_backward():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = step()
+    return graph, results
+
+
+def assert_replay_computes(graph, results, step):
+    """What the graph writes now is what the calls themselves give now."""
+    for x in results:
+        x.fill_(float("nan"))
+    graph.replay()
+    replayed = [x.clone() for x in results]
+    for a, b in zip(replayed, step()):
+        assert torch.equal(a, b)
+
+
+@needs_gpu
+def test_cuda_graph_of_forward_and_backward(binding):
+    tensors = qkv(n=65, m=129, d=64)
+    dout = torch.randn_like(tensors[0])
+
+    def step():
+        o, lse = anyflash.attention(*tensors, causal=True, return_lse=True)
+        made = torch.autograd.grad((o, lse), tensors, (dout, torch.ones_like(lse)))
+        return o.detach(), lse.detach(), *made
+
+    graph, results = captured(step)
     for seed in (1, 2):
         with torch.no_grad():
             for x, y in zip(tensors, qkv(n=65, m=129, d=64, seed=seed)):
                 x.copy_(y)
             dout.copy_(torch.randn(dout.shape, generator=torch.Generator().manual_seed(seed)))
-        graph.replay()
-        captured = [x.clone() for x in results]
-        for a, b in zip(captured, step()):
-            assert torch.equal(a, b)
+        assert_replay_computes(graph, results, step)
+
+
+@needs_gpu
+def test_cuda_graph_of_packed_sequences(binding):
+    """Replayed with other lengths under the same bound."""
+    q, k, v = (x.detach()[0].requires_grad_() for x in qkv(batch=1, n=200, m=200, d=64))
+    lengths = int32([0, 90, 200], q)
+    dout = torch.randn_like(q)
+
+    def step():
+        o = anyflash.attention_varlen(q, k, v, lengths, lengths, 128, 128, causal=True)
+        return o.detach(), *torch.autograd.grad(o, (q, k, v), dout)
+
+    graph, results = captured(step)
+    for first in (100, 128, 72):
+        lengths.copy_(int32([0, first, 200], q))
+        assert_replay_computes(graph, results, step)
+
+
+@needs_gpu
+def test_graphed_callables(binding):
+    """torch's own way to train through graphs: one of the forward, one of the backward."""
+    block, x = block_and_input()
+    sample = torch.randn_like(x).requires_grad_()
+    graphed = torch.cuda.make_graphed_callables(copy.deepcopy(block), (sample,))
+    assert violation_of(gradients(graphed, x, plain), block, x) is None
 
 
 CAPTURE_FIRST = """
@@ -235,18 +292,26 @@ def test_a_first_call_is_captured_after_warm_up():
 
 @needs_gpu
 def test_cuda_graphs_of_a_compiled_module():
+    pytest.importorskip("triton", reason="inductor needs triton for a GPU")
+    from torch._dynamo.utils import counters
+
     block, x = block_and_input()
-    expected = gradients(block, x, plain)
+    torch._dynamo.reset()
+    counters.clear()
     compiled = torch.compile(block, mode="reduce-overhead", fullgraph=True)
     for _ in range(4):
         torch.compiler.cudagraph_mark_step_begin()
         ours = gradients(block, x, lambda block, x: compiled(x))
-    for a, b in zip(ours, expected):
-        torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-2)
+        ours = [y.clone() for y in ours]  # the next step writes there
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    assert violation_of(ours, block, x) is None
+
+
+# GPUs: streams and devices
 
 
 @needs_gpu
-def test_the_current_stream_is_used():
+def test_the_current_stream_is_used(binding):
     """The inputs become right only after a long wait on a stream of our own: a kernel launched on
     any other stream would see what was there before."""
     stream = torch.cuda.Stream()
@@ -265,7 +330,9 @@ def test_the_current_stream_is_used():
 
 
 @needs_gpu
-def test_the_backward_uses_the_stream_of_the_forward():
+@pytest.mark.parametrize("asked_from", ["the stream of the forward", "another stream"])
+def test_the_backward_uses_the_stream_of_the_forward(binding, asked_from):
+    """Wherever it is asked for; the inputs become right as above."""
     stream = torch.cuda.Stream()
     right = qkv(n=256, m=256, d=64)
     dout = torch.randn_like(right[0])
@@ -280,14 +347,17 @@ def test_the_backward_uses_the_stream_of_the_forward():
             for x, y in zip(tensors, right):
                 x.copy_(y)
             late.copy_(dout)
-        ours = torch.autograd.grad(anyflash.attention(*tensors, deterministic=True), tensors, late)
-    stream.synchronize()
+        o = anyflash.attention(*tensors, deterministic=True)
+    same = asked_from == "the stream of the forward"
+    with torch.cuda.stream(stream if same else torch.cuda.current_stream()):
+        ours = torch.autograd.grad(o, tensors, late)
+    torch.cuda.synchronize()
     for a, b in zip(ours, expected):
         assert torch.equal(a, b)
 
 
 @needs_gpu
-def test_the_second_of_two_gpus():
+def test_the_second_of_two_gpus(binding):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     expected = qkv(n=33, m=65, d=64)

@@ -12,7 +12,7 @@ if not hasattr(torch.library, "register_vmap"):
 from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch_device import DEVICE, qkv
+from torch_device import DEVICE, ON_GPU, qkv
 from torch_formula import int32
 
 SLOPES = torch.tensor([[0.5, 0.25, 0.125, 0.0625], [0.4, 0.3, 0.2, 0.1]])
@@ -45,7 +45,7 @@ def operator_arguments(tensors, options):
         options.get("scale"),
         options.get("softcap", 0.0),
         options.get("alibi_slopes"),
-        False,
+        ON_GPU,  # deterministic: opcheck compares runs
     )
 
 

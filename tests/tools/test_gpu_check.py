@@ -106,6 +106,32 @@ def test_arguments():
             parse(wrong)
 
 
+def test_the_tests_of_torch_run_on_the_gpu(tmp_path, monkeypatch):
+    asked = []
+
+    def fake_run(command, environment, log, seconds):
+        asked.append((command, environment))
+        text = "tests/python/test_sdpa.py::test_x PASSED [50%]\ntests/a.py::test_y FAILED [100%]\n"
+        return gpu_check.Output(text + "FAILED tests/a.py::test_y - assert 0\n", 1)
+
+    monkeypatch.setattr(gpu_check, "run", fake_run)
+    check = gpu_check.Check(
+        parse(["--wheel", "a.whl", "--torch", "--out", str(tmp_path)]), tmp_path
+    )
+    check.check_image(image_of("sm_90"))
+    ((command, environment),) = asked
+    files = [word for word in command if word.endswith(".py")]
+    assert "tests/python/test_sdpa.py" in files and "tests/python/test_torch_training.py" in files
+    assert all((gpu_record.ROOT / name).is_file() for name in files)
+    assert environment["ANYFLASH_TEST_DEVICE"] == "cuda"
+    assert environment["ANYFLASH_IMAGE"] == "sm_90"
+    (section,) = gpu_record.read(tmp_path / "record.json")["sections"]
+    assert section["torch_tests"] == {"passed": 1, "failed": 1, "skipped": 0}
+    assert gpu_record.failures(section) == 1
+    assert "  torch tests: 1 passed, 1 failed, 0 skipped" in gpu_record.summary(section)
+    assert check.remarks == ["FAILED tests/a.py::test_y - assert 0"]
+
+
 def section(hash_):
     return {
         "op": "fwd",

@@ -135,6 +135,19 @@ def test_merge_keeps_what_the_new_run_did_not_measure(root):
     assert [(c["seqlen"], c["ours"]) for c in merged["bench"]] == [(512, 3.0), (1024, 2.0)]
 
 
+def test_tests_of_torch_are_kept_and_their_failures_noticed(root):
+    counts = {"passed": 9, "failed": 0, "skipped": 1}
+    (merged,) = merge({"sections": [section(root, torch_tests=counts)]}, [section(root)])[
+        "sections"
+    ]
+    assert merged["torch_tests"] == counts
+    assert gpu_record.why_stale(merged, root) is None
+    only = section(root, tests={}, torch_tests={**counts, "failed": 2})
+    (merged,) = merge({"sections": [merged]}, [only])["sections"]
+    assert merged["tests"]["passed"] == 3
+    assert gpu_record.why_stale(merged, root) == "2 tests failed"
+
+
 def test_merge_replaces_a_section_of_other_sources(root):
     old = section(root, hash="other", bench=[cell()], sanitizers={"memcheck": {}})
     (merged,) = merge({"sections": [old]}, [section(root)])["sections"]

@@ -236,6 +236,30 @@ TEST_F(LaunchTest, WarmUpLoadsWithoutLaunching) {
   EXPECT_EQ(fake_cuda::state().attributes.size(), 1u);
 }
 
+TEST_F(LaunchTest, WarmUpOfABackwardLoadsAllOfItsKernels) {
+  const auto is_wanted = [](const Row& row) {
+    return row.op == "backward" && row.variant == "general" && row.in_image("90");
+  };
+  const Row& row = *std::ranges::find_if(rows(), is_wanted);
+  ship(row, {"90"}, "three kernels");
+  anyflash_plan plan{};
+  plan.struct_size = sizeof plan;
+  plan.op = ANYFLASH_BACKWARD;
+  plan.device.type = ANYFLASH_CUDA;
+  plan.launch_count = 3;
+  const anyflash_entry order[] = {ANYFLASH_KERNEL_PRE, ANYFLASH_KERNEL, ANYFLASH_KERNEL_POST};
+  for (int i = 0; i < 3; ++i) plan.launches[i] = {row.id, order[i], {8, 1, 1}, 128, 0};
+  ASSERT_EQ(anyflash_warm_up(&plan), ANYFLASH_OK) << anyflash_last_error();
+  EXPECT_TRUE(launches().empty());
+  fake_cuda::state().capture_mode_at_load.clear();
+  Problem problem = problem_of(row, 0);
+  problem.op = ANYFLASH_BACKWARD;
+  char workspace[1];
+  launch(plan, problem, workspace, nullptr);
+  EXPECT_EQ(launches().size(), 3u);
+  EXPECT_TRUE(fake_cuda::state().capture_mode_at_load.empty()) << "loaded only by the launch";
+}
+
 TEST_F(LaunchTest, EachGpuRunsItsOwnImageInItsOwnContext) {
   const Row& row = next_row();
   ship(row, {"90"}, "for 9.0");
