@@ -174,7 +174,8 @@ ANYFLASH_API anyflash_status anyflash_describe_gpu(int32_t compute_capability,
                                                    anyflash_device* device);
 
 /** Validates the problem and decides. device NULL: the device that q lives on. Pure but for that
- * look-up. */
+ * look-up and, for a GPU of this machine, for which kernels can be had, which is looked up once a
+ * process. */
 ANYFLASH_API anyflash_status anyflash_make_plan(const anyflash_problem* problem,
                                                 const anyflash_device* device, anyflash_plan* plan);
 
@@ -220,6 +221,7 @@ ANYFLASH_API void anyflash_set_notice_handler(anyflash_notice_handler handler, v
 /**
  * Adds a folder to those where the kernel compiler (libnvrtc, for kernels that the package was not
  * built with) is looked for: a site-packages folder of Python, which may hold NVIDIA's packages.
+ * To be called before the first plan.
  */
 ANYFLASH_API void anyflash_add_compiler_path(const char* site_packages);
 

@@ -162,8 +162,9 @@ def warm_up(
     """Loads the kernels of a call, and compiles those that the package was not built with.
 
     Nothing is launched. For whoever cannot wait in the first call: a server, or the capture of a
-    CUDA graph. Which kernels they are depends on dtype, head dims, options and strides, on lengths
-    hardly; `explain` says which.
+    CUDA graph. Which kernels they are (`explain` says it) depends on dtype, head dims, options and
+    strides; not on lengths, but that Hopper has others for short sequences under a mask: where
+    lengths vary, warm up the shortest and the longest.
 
     Arguments: as `supports`, of a device that is here ("cuda" is "cuda:0"); on the CPU there is
     nothing to load. backward: the kernels of the gradients too.

@@ -100,7 +100,7 @@ public:
     for (const int gpu : machine_.gpus) add_generation(gpu);
   }
 
-  void add_ptx() { add_target({"80", true}); }
+  void add_ptx() { add_target(ptx_target()); }
 
   ArchSelection result() && {
     std::ranges::sort(selection_.targets, [](const Target& a, const Target& b) {

@@ -90,7 +90,7 @@ Target parse_target(std::string_view name) {
 std::vector<Target> all_targets() {
   std::vector<Target> targets;
   for (std::string_view arch : image_archs()) targets.push_back({std::string(arch)});
-  targets.push_back({"80", true});
+  targets.push_back(ptx_target());
   return targets;
 }
 

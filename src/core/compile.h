@@ -22,10 +22,13 @@ struct Target {
   bool operator==(const Target&) const = default;
 };
 
+/// PTX of the oldest image, which drivers compile for every newer GPU.
+inline Target ptx_target() { return {"80", true}; }
+
 /// "sm_90a" or "compute_80"; throws InvalidValue for anything else.
 Target parse_target(std::string_view name);
 
-/// Every target that a full build makes: the images of the table, and PTX of compute_80.
+/// Every target that a full build makes: the images of the table, and the PTX.
 std::vector<Target> all_targets();
 
 /// What ptxas reported. All zero for PTX, which ptxas has not seen yet. A row of several entries:

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <limits>
 
+#include "core/compile.h"
 #include "core/plan.h"
 #include "core/row.h"
 #include "core/tensor_checks.h"
@@ -102,6 +103,11 @@ std::string grid_words(const anyflash_launch& launch, const std::string& blocks)
          to_string(launch.shared_bytes) + " bytes of shared memory each\n";
 }
 
+std::string image_words(const Row& row, const anyflash_device& device) {
+  if (runs_as_ptx(row, device)) return ptx_target().name() + ", compiled by the driver";
+  return std::string(image_for(device.compute_capability, row.family));
+}
+
 std::string launch_words(const Problem& problem, const anyflash_plan& plan,
                          const anyflash_launch& launch) {
   const std::string blocks = to_string(launch.grid[0]) + " x " + to_string(launch.grid[1]) + " x " +
@@ -118,7 +124,7 @@ std::string launch_words(const Problem& problem, const anyflash_plan& plan,
   const Row& row = rows()[static_cast<size_t>(launch.row)];
   const std::string reason = why_not_plain(problem);
   std::string text = "row        " + row.name() + " (row " + to_string(row.id) + "), image " +
-                     std::string(image_for(plan.device.compute_capability, row.family)) + "\n";
+                     image_words(row, plan.device) + "\n";
   const std::string older = why_older_family(problem, plan.device, row.family);
   if (!older.empty())
     text += "family     " + std::string(row.family) + " rather than a newer one: " + older + "\n";

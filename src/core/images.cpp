@@ -1,6 +1,9 @@
 #include "core/images.h"
 
 #include <cstdlib>
+#include <map>
+#include <mutex>
+#include <tuple>
 
 #include "core/cache.h"
 #include "core/error.h"
@@ -12,13 +15,6 @@ using Origin = ImageChoice::Origin;
 
 std::string dotted(int compute_capability) {
   return std::to_string(compute_capability / 10) + "." + std::to_string(compute_capability % 10);
-}
-
-/// ANYFLASH_IMAGE: the target to use for the rows that it has, for verification.
-std::optional<Target> forced_target() {
-  const char* name = std::getenv("ANYFLASH_IMAGE");
-  if (!name || !*name) return std::nullopt;
-  return parse_target(name);
 }
 
 std::optional<ImageChoice> from_archive(const Row& row, const Target& target) {
@@ -75,26 +71,38 @@ std::string why_no_compiler(const CompilerSearch& search) {
   return text;
 }
 
+/// Why there is no image of a target.
+std::string what_is_missing(const Target& target, const CompilerSearch& search) {
+  return "this package holds " + shipped_targets() + ", not " + target.name() +
+         ", and no fitting libnvrtc was found to compile it (" + why_no_compiler(search) + ")";
+}
+
 [[noreturn]] void refuse(const Row& row, const Target& target, const Gpu& gpu,
                          const CompilerSearch& search) {
-  throw RuntimeError(
-      "no image of kernel " + row.name() + " for " + gpu.name + " (compute capability " +
-      dotted(gpu.compute_capability) + ", driver " + version_text(gpu.driver) +
-      "): this package holds " + shipped_targets() + ", not " + target.name() +
-      ", and no fitting libnvrtc was found to compile it (" + why_no_compiler(search) +
-      "); remedy: pip install nvidia-cuda-nvrtc-cu12, or build anyflash with "
-      "FLASH_ATTN_CUDA_ARCHS=" +
-      target.arch);
+  throw RuntimeError("no image of kernel " + row.name() + " for " + gpu.name +
+                     " (compute capability " + dotted(gpu.compute_capability) + ", driver " +
+                     version_text(gpu.driver) + "): " + what_is_missing(target, search) +
+                     "; remedy: pip install nvidia-cuda-nvrtc-cu12, or build anyflash with "
+                     "FLASH_ATTN_CUDA_ARCHS=" +
+                     target.arch);
 }
 
 CompilerSearch search_for(const Target& target, const Gpu& gpu) {
   return search_compiler(gpu.driver, std::atoi(target.arch.c_str()));
 }
 
-/// The insurance: PTX of the oldest image, which the driver compiles for GPUs that nobody knew.
+/// One target: shipped, kept on disk, or compiled now. Without it, `search` says why.
+std::optional<ImageChoice> choose_target(const Row& row, const Target& target, const Gpu& gpu,
+                                         CompilerSearch& search) {
+  if (auto choice = from_archive(row, target)) return choice;
+  search = search_for(target, gpu);
+  return from_compiler(row, target, gpu, search);
+}
+
+/// The insurance: PTX, which the driver compiles for GPUs that nobody knew.
 std::optional<ImageChoice> choose_ptx(const Row& row, const Target& native, const Gpu& gpu,
                                       CompilerSearch& native_search) {
-  const Target ptx{"80", true};
+  const Target ptx = ptx_target();
   if (!row.in_image(ptx.arch) || gpu.compute_capability < 80) return std::nullopt;
   const std::shared_ptr<const Archive> archive = shipped_archive(ptx);
   if (archive && archive->compiler_version() > gpu.driver) {
@@ -111,11 +119,15 @@ std::optional<ImageChoice> choose_ptx(const Row& row, const Target& native, cons
   return from_compiler(row, ptx, gpu, search);
 }
 
-ImageChoice choose_forced(const Row& row, const Target& target, const Gpu& gpu) {
-  if (auto choice = from_archive(row, target)) return *choice;
-  CompilerSearch search = search_for(target, gpu);
-  if (auto choice = from_compiler(row, target, gpu, search)) return *choice;
-  refuse(row, target, gpu, search);
+Availability look_up(const Row& row, const Gpu& gpu) {
+  const Target native = native_target(row, gpu.compute_capability);
+  CompilerSearch search;
+  Availability result;
+  result.machine_code = choose_target(row, native, gpu, search).has_value();
+  if (result.machine_code) return result;
+  result.missing = what_is_missing(native, search);
+  result.ptx = choose_ptx(row, native, gpu, search).has_value();
+  return result;
 }
 
 } // namespace
@@ -127,16 +139,31 @@ Target native_target(const Row& row, int compute_capability) {
   return {std::to_string(compute_capability)};
 }
 
+std::optional<Target> forced_target() {
+  const char* name = std::getenv("ANYFLASH_IMAGE");
+  if (!name || !*name) return std::nullopt;
+  return parse_target(name);
+}
+
 ImageChoice choose_image(const Row& row, const Gpu& gpu) {
   const std::optional<Target> forced = forced_target();
-  if (forced && row.in_image(forced->arch)) return choose_forced(row, *forced, gpu);
-  const Target native = native_target(row, gpu.compute_capability);
-  if (auto choice = from_archive(row, native)) return *choice;
+  const bool is_forced = forced && row.in_image(forced->arch);
+  const Target target = is_forced ? *forced : native_target(row, gpu.compute_capability);
+  CompilerSearch search;
+  if (auto choice = choose_target(row, target, gpu, search)) return *choice;
+  if (!is_forced)
+    if (auto choice = choose_ptx(row, target, gpu, search)) return *choice;
+  refuse(row, target, gpu, search);
+}
 
-  CompilerSearch search = search_for(native, gpu);
-  if (auto choice = from_compiler(row, native, gpu, search)) return *choice;
-  if (auto choice = choose_ptx(row, native, gpu, search)) return *choice;
-  refuse(row, native, gpu, search);
+const Availability& availability(const Row& row, int compute_capability, int driver) {
+  static std::mutex mutex;
+  static auto* const known = new std::map<std::tuple<int, int, int>, Availability>;
+  const std::lock_guard lock(mutex);
+  const std::tuple key(row.id, compute_capability, driver);
+  const auto found = known->find(key);
+  if (found != known->end()) return found->second;
+  return known->emplace(key, look_up(row, {"", compute_capability, driver})).first->second;
 }
 
 std::string obtain(const ImageChoice& choice, const Row& row) {

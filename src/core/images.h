@@ -21,6 +21,9 @@ struct Gpu {
 /// table has none for this row (a newer GPU, or a row of another generation).
 Target native_target(const Row& row, int compute_capability);
 
+/// ANYFLASH_IMAGE: the target to use for the rows that it has, for verification.
+std::optional<Target> forced_target();
+
 /// Where an image comes from; look-ups are done, compiling is not.
 struct ImageChoice {
   enum class Origin { archive, cache, compile };
@@ -34,6 +37,17 @@ struct ImageChoice {
 /// The image of a row for a GPU, in this order: shipped machine code; kept on disk or compiled now;
 /// shipped PTX, which the driver compiles. Throws RuntimeError with the remedy.
 ImageChoice choose_image(const Row& row, const Gpu& gpu);
+
+/// How choose_image would bring a row to a GPU, ANYFLASH_IMAGE aside.
+struct Availability {
+  bool machine_code = false; // shipped, kept on disk, or a compiler is there
+  bool ptx = false;          // only as PTX, which the driver compiles
+  std::string missing;       // why there is no machine code, in words
+};
+
+/// Looked up once a process, so that plans stay the same: what is installed later counts in the
+/// next one.
+const Availability& availability(const Row& row, int compute_capability, int driver);
 
 /// The bytes of a choice: compiles, and keeps the result on disk, if that is what it takes.
 std::string obtain(const ImageChoice& choice, const Row& row);

@@ -2,13 +2,13 @@
 #include "core/plan.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <optional>
 #include <vector>
 
-#include "core/compile.h"
 #include "core/error.h"
+#include "core/images.h"
 #include "core/kernel_params.h"
 #include "core/plan_cache.h"
 #include "core/row.h"
@@ -81,19 +81,25 @@ std::string why_not_hopper(const Problem& problem) {
   return why_not_tensor_maps(problem);
 }
 
-bool serves(const Row& row, const Problem& problem, const anyflash_device& device) {
+bool in_own_image(const Row& row, const anyflash_device& device) {
   const std::string_view image = image_for(device.compute_capability, row.family);
-  return !image.empty() && row.in_image(image) && row.op == op_name(problem.op) &&
-         row.dtype == problem.dtype && problem.d <= row.d && problem.dv <= row.dv &&
-         row.shared_bytes() <= device.shared_bytes &&
+  return !image.empty() && row.in_image(image);
+}
+
+bool has_ptx(const Row& row, const anyflash_device&) { return row.in_image(ptx_target().arch); }
+
+/// True if the row computes the problem within the device's limits, in whatever image it is.
+bool holds(const Row& row, const Problem& problem, const anyflash_device& device) {
+  return row.op == op_name(problem.op) && row.dtype == problem.dtype && problem.d <= row.d &&
+         problem.dv <= row.dv && row.shared_bytes() <= device.shared_bytes &&
          (row.variant == "general" || why_not_plain(problem).empty()) &&
          (row.family != "sm90" || why_not_hopper(problem).empty());
 }
 
-/// ANYFLASH_IMAGE=sm_90: rows of this image are preferred, for verification.
+/// With ANYFLASH_IMAGE=sm_90, rows of this image are preferred.
 bool in_forced_image(const Row& row) {
-  const char* name = std::getenv("ANYFLASH_IMAGE");
-  return name && *name && row.in_image(parse_target(name).arch);
+  const std::optional<Target> forced = forced_target();
+  return forced && row.in_image(forced->arch);
 }
 
 /// Of two rows that differ in their tiles alone: large ones read K and V less often, small ones
@@ -112,20 +118,45 @@ bool better(const Row& a, const Row& b, const Problem& problem) {
   return small_tiles(problem) ? a.Br < b.Br : a.Br > b.Br;
 }
 
-const Row* choose_row(const Problem& problem, const anyflash_device& device) {
-  const Row* best = nullptr;
+/// The rows of the wanted images that hold the problem, the best first.
+std::vector<const Row*> rows_for(const Problem& problem, const anyflash_device& device,
+                                 bool (*wanted)(const Row&, const anyflash_device&)) {
+  std::vector<const Row*> found;
   for (const Row& row : rows())
-    if (serves(row, problem, device) && (!best || better(row, *best, problem))) best = &row;
-  return best;
+    if (holds(row, problem, device) && wanted(row, device)) found.push_back(&row);
+  std::ranges::stable_sort(found,
+                           [&](const Row* a, const Row* b) { return better(*a, *b, problem); });
+  return found;
+}
+
+/// How a row can be had on a GPU of this machine. Nothing is known of GPUs elsewhere, nor asked
+/// where an image is forced.
+const Availability* availability_on(const Row& row, const anyflash_device& device) {
+  const bool is_here = device.driver != 0;
+  if (!is_here || forced_target()) return nullptr;
+  return &availability(row, device.compute_capability, device.driver);
+}
+
+/// The best row that can be had; where none can be had, the best one, so that running it says what
+/// is missing.
+const Row* choose_row(const Problem& problem, const anyflash_device& device) {
+  const std::vector<const Row*> own = rows_for(problem, device, in_own_image);
+  if (own.empty()) return nullptr;
+  for (const Row* row : own) {
+    const Availability* known = availability_on(*row, device);
+    if (!known || known->machine_code) return row;
+  }
+  for (const Row* row : rows_for(problem, device, has_ptx))
+    if (runs_as_ptx(*row, device)) return row;
+  return own.front();
 }
 
 /// The head dims that the table has for this dtype on this GPU: "128x128 general, 128x128 plain".
 std::string available_on(const Problem& problem, const anyflash_device& device) {
   std::vector<std::string> found;
   for (const Row& row : rows()) {
-    const std::string_view image = image_for(device.compute_capability, row.family);
-    if (image.empty() || !row.in_image(image) || row.op != op_name(problem.op) ||
-        row.dtype != problem.dtype || row.shared_bytes() > device.shared_bytes)
+    if (!in_own_image(row, device) || row.op != op_name(problem.op) || row.dtype != problem.dtype ||
+        row.shared_bytes() > device.shared_bytes)
       continue;
     std::string text = to_string(row.d) + "x" + to_string(row.dv) + " " + std::string(row.variant);
     if (std::ranges::find(found, text) == found.end()) found.push_back(std::move(text));
@@ -256,13 +287,23 @@ std::string why_not_plain(const Problem& problem) {
 
 std::string why_older_family(const Problem& problem, const anyflash_device& device,
                              std::string_view family) {
+  for (const Row* row : rows_for(problem, device, in_own_image)) {
+    if (row->family <= family) continue;
+    const Availability* known = availability_on(*row, device);
+    return known ? known->missing : "ANYFLASH_IMAGE asks for an image of this one";
+  }
   for (const Row& row : rows()) {
-    const std::string_view image = image_for(device.compute_capability, row.family);
-    if (row.family <= family || row.op != op_name(problem.op) || !row.in_image(image)) continue;
+    if (row.family <= family || row.op != op_name(problem.op) || !in_own_image(row, device))
+      continue;
     const std::string reason = why_not_hopper(problem);
     return reason.empty() ? "no row of " + std::string(row.family) + " holds this problem" : reason;
   }
   return "";
+}
+
+bool runs_as_ptx(const Row& row, const anyflash_device& device) {
+  const Availability* known = availability_on(row, device);
+  return known && known->ptx;
 }
 
 anyflash_plan make_plan(const Problem& problem, const anyflash_device& device) {

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cctype>
 #include <charconv>
+#include <map>
 #include <vector>
 
 #include "core/error.h"
@@ -57,6 +58,18 @@ std::vector<Row> expand() {
     });
   }
   return rows;
+}
+
+/// The images that each family has rows in, ascending.
+std::map<std::string_view, std::vector<std::string_view>> expand_families() {
+  std::map<std::string_view, std::vector<std::string_view>> images;
+  for (const Row& row : rows()) images[row.family];
+  for (auto& [family, archs] : images)
+    for (std::string_view arch : image_archs())
+      if (std::ranges::any_of(
+              rows(), [&](const Row& row) { return row.family == family && row.in_image(arch); }))
+        archs.push_back(arch);
+  return images;
 }
 
 std::vector<std::string_view> expand_archs() {
@@ -139,12 +152,11 @@ bool Row::in_image(std::string_view arch) const {
 }
 
 std::string_view image_for(int compute_capability, std::string_view family) {
+  static const auto images = expand_families();
+  const auto known = images.find(family);
+  if (known == images.end()) return "";
   std::string_view best;
-  for (std::string_view arch : image_archs()) {
-    const bool in_family = std::any_of(rows().begin(), rows().end(), [&](const Row& row) {
-      return row.family == family && row.in_image(arch);
-    });
-    if (!in_family) continue;
+  for (std::string_view arch : known->second) {
     const int number = capability_of(arch);
     const bool exact_only = arch.back() == 'a';
     if (exact_only ? number == compute_capability

@@ -11,6 +11,7 @@
 #include <filesystem>
 #include <thread>
 
+#include "../problems.h"
 #include "../scoped_env.h"
 #include "core/archive.h"
 #include "core/cache.h"
@@ -347,6 +348,31 @@ TEST_F(LaunchTest, ThePtxIsTheInsuranceAndIsAnnouncedOnce) {
   EXPECT_EQ(launches()[0].kernel->image, ".version 8.8");
   ASSERT_EQ(notices().size(), 1u);
   EXPECT_NE(notices()[0].find("compute_80"), std::string::npos) << notices()[0];
+}
+
+Problem problem_without_data(int64_t d) {
+  return validate(dense({1, 300, 300, 2, 2, d, d}, ANYFLASH_BFLOAT16, ANYFLASH_CUDA));
+}
+
+TEST_F(LaunchTest, APackageOfPtxRunsOnHopper) {
+  const Row& row = *std::ranges::find_if(rows(), [](const Row& one) {
+    return one.family == "sm80" && one.dtype == DType::bfloat16 && one.d == 256 &&
+           one.in_image("80");
+  });
+  ship(row, {"80", true}, ".version 8.8");
+  const Problem problem = problem_without_data(256);
+  launch(make_plan(problem, get_gpu(0)), problem, nullptr, nullptr);
+  ASSERT_EQ(launches().size(), 1u);
+  EXPECT_EQ(launches()[0].kernel->image, ".version 8.8");
+  EXPECT_EQ(launches()[0].shared_bytes, static_cast<unsigned>(row.shared_bytes()));
+  EXPECT_EQ(notices().size(), 1u);
+}
+
+TEST_F(LaunchTest, ACompilerBringsHoppersOwnRows) {
+  const ScopedEnv callers_compiler("ANYFLASH_NVRTC", callers_nvrtc);
+  if (!find_compiler(12040)) GTEST_SKIP() << "no libnvrtc found (set ANYFLASH_NVRTC or CUDA_HOME)";
+  const anyflash_plan plan = make_plan(problem_without_data(192), get_gpu(0));
+  EXPECT_EQ(rows()[static_cast<size_t>(plan.launches[0].row)].family, "sm90");
 }
 
 TEST_F(LaunchTest, PtxOfANewerCompilerThanTheDriverIsNotTried) {
