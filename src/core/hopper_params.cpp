@@ -35,8 +35,10 @@ sm90::TileOrder make_tile_order(int64_t blocks, int64_t heads, int64_t grid, boo
 sm90::ForwardParams hopper_forward_params(const Problem& problem, const Row& row, uint32_t grid) {
   sm90::ForwardParams p{};
   static_cast<ForwardParams&>(p) = forward_params(problem, row);
-  const bool by_size =
-      problem.mask.right != Mask::unbounded && problem.mask.left == Mask::unbounded;
+  // Of packed sequences: where they are so many that going over them again costs more than an
+  // uneven end, once must do.
+  const bool causal = problem.mask.right != Mask::unbounded && problem.mask.left == Mask::unbounded;
+  const bool by_size = problem.packed ? problem.batch <= 256 : causal;
   // Enough tiles to even out the others, few enough for their keys and values to stay in the cache.
   constexpr int64_t cache_bytes = int64_t{24} << 20;
   const int64_t tile_bytes = int64_t{row.Br} * (row.d + row.dv) * size_of(problem.dtype);

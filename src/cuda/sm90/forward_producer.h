@@ -5,6 +5,7 @@
 #include "cuda/ptx/copy.h"
 #include "cuda/ptx/tma.h"
 #include "cuda/sm90/forward_layout.h"
+#include "cuda/sm90/packed_order.h"
 
 namespace anyflash::sm90 {
 
@@ -15,7 +16,7 @@ class ForwardProducer {
 
 public:
   DEVICE ForwardProducer(const ForwardParams& p, uint32_t shared)
-      : p_(p), shared_(shared), barriers_{shared + F::shared.barriers} {}
+      : p_(p), shared_(shared), barriers_{shared + F::shared.barriers}, packed_order_(p) {}
 
   /// By one warp: every tile of this thread block, then the word that there are no more.
   DEVICE void run() {
@@ -36,47 +37,21 @@ public:
 
 private:
   DEVICE QueryTile next_tile() {
-    if (p_.cu_seqlens_q) turn_ = skip_gaps(turn_);
-    Tile next = p_.order.tile(blockIdx.x, turn_++);
+    Tile next = p_.cu_seqlens_q ? packed_order_.next(p_) : p_.order.tile(blockIdx.x, turn_++);
     ROLLED
     while (next.state == Tile::nothing) next = p_.order.tile(blockIdx.x, turn_++);
     QueryTile tile;
-    find(tile, next);
-    if (next.state == Tile::end) tile.sequence = -1;
-    return tile;
-  }
-
-  /// The first turn from this one on with work, or the end: sequences shorter than the longest of
-  /// the batch leave long gaps, so every lane looks at one turn.
-  DEVICE int skip_gaps(int turn) const {
-    ROLLED
-    for (;; turn += warp_size) {
-      const Tile tile = p_.order.tile(blockIdx.x, turn + lane_index());
-      QueryTile ignored;
-      const bool stop =
-          tile.state == Tile::end || (tile.state == Tile::work && find(ignored, tile));
-      const uint32_t stops = __ballot_sync(0xffffffff, stop);
-      if (stops) return turn + __ffs(stops) - 1;
-    }
-  }
-
-  /// False for a tile past the end of its sequence.
-  DEVICE bool find(QueryTile& tile, const Tile& next) const {
     tile.sequence = divide(next.head, p_.heads);
     tile.head = next.head - tile.sequence * p_.heads.divisor;
     tile.first_query = next.block * Row::Br;
-    tile.first_q = tile.first_k = 0;
-    tile.rows = p_.seqlen_q;
-    tile.seqlen_k = p_.seqlen_k;
-    if (p_.cu_seqlens_q) {
-      tile.first_q = p_.cu_seqlens_q[tile.sequence];
-      tile.first_k = p_.cu_seqlens_k[tile.sequence];
-      tile.rows = p_.cu_seqlens_q[tile.sequence + 1] - tile.first_q;
-      tile.seqlen_k = p_.cu_seqlens_k[tile.sequence + 1] - tile.first_k;
-    }
-    tile.seqlen_q = p_.seqused_q ? min(tile.rows, p_.seqused_q[tile.sequence]) : tile.rows;
-    if (p_.seqused_k) tile.seqlen_k = min(tile.seqlen_k, p_.seqused_k[tile.sequence]);
-    return tile.first_query < tile.rows;
+    const SequenceLengths lengths(p_, tile.sequence);
+    tile.first_q = lengths.first_q;
+    tile.first_k = lengths.first_k;
+    tile.rows = lengths.rows;
+    tile.seqlen_q = lengths.seqlen_q;
+    tile.seqlen_k = lengths.seqlen_k;
+    if (next.state == Tile::end) tile.sequence = -1;
+    return tile;
   }
 
   DEVICE void hand_over(const QueryTile& tile) {
@@ -154,10 +129,11 @@ private:
   const ForwardParams& p_;
   uint32_t shared_;
   Barriers barriers_;
+  PackedOrder<Row> packed_order_;
   Place<Row::stages> ring_;
   Place<Row::q_stages> q_ring_;
   uint32_t tile_parity_ = 0;
-  int turn_ = 0;
+  int turn_ = 0; // of dense sequences
 };
 
 } // namespace anyflash::sm90

@@ -112,6 +112,11 @@ template <class T>
 T __shfl_xor_sync(unsigned, T x, int mask) {
   return soft_gpu::exchange(x, static_cast<int>(threadIdx.x % soft_gpu::warp_lanes) ^ mask);
 }
+template <class T>
+T __shfl_up_sync(unsigned, T x, int distance) {
+  const int lane = static_cast<int>(threadIdx.x % soft_gpu::warp_lanes);
+  return soft_gpu::exchange(x, lane < distance ? lane : lane - distance);
+}
 inline unsigned __ballot_sync(unsigned, bool vote) { return soft_gpu::ballot(vote); }
 inline bool __any_sync(unsigned, bool vote) { return soft_gpu::ballot(vote) != 0; }
 
