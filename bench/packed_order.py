@@ -30,7 +30,7 @@ def lengths(source: random.Random) -> list[int]:
 
 
 def tiles_of(length: int, longest: int, d: int, causal: bool) -> list[Tile]:
-    """Blocks of queries, the last first, of the longest sequence; key blocks of those that exist."""
+    """Blocks of queries as the longest sequence has them, the last first."""
     br, bc = TILES[d]
     tiles = []
     for block in reversed(range(-(-longest // br))):
