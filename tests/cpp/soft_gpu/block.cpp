@@ -41,7 +41,7 @@ void Block::begin(const Launch& new_launch, Index new_index) {
     thread.index = {static_cast<unsigned>(i), 0, 0};
     thread.state = Thread::ready;
     thread.copies.clear();
-    thread.copy_group = thread.bulk_group = 0;
+    thread.copy_group = thread.bulk_group = thread.fences = 0;
   }
   warps_.assign(static_cast<size_t>((count_ + warp_lanes - 1) / warp_lanes), Warp{});
   products_ = std::vector<Products>((warps_.size() + warpgroup_warps - 1) / warpgroup_warps);

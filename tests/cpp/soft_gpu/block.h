@@ -54,6 +54,13 @@ struct Thread {
   uint32_t waits_at = 0;
   std::deque<SmallCopy> copies;
   int copy_group = 0, bulk_group = 0;
+  int fences = 0; // between what it wrote and what the copy engine and products read
+};
+
+/// Who wrote 16 bytes of shared memory last, if a thread did, and after how many of its fences.
+struct Written {
+  int thread = -1;
+  int fences = 0;
 };
 
 /// What the lanes of a warp are about to do together.
@@ -130,10 +137,12 @@ public:
   Warp& warp() { return warps_[static_cast<size_t>(current_ / warp_lanes)]; }
   Products& products() { return products_[static_cast<size_t>(current_ / warpgroup_lanes)]; }
   bool chance() { return random_() & 1; }
+  const Thread& thread(int number) const { return *threads_[static_cast<size_t>(number)]; }
 
   const Launch* launch = nullptr;
   Index index{};
-  char* window = nullptr; // the array in shared memory, once its address was asked for
+  char* window = nullptr;       // the array in shared memory, once its address was asked for
+  std::vector<Written> written; // by 16 bytes of it
   std::map<uint32_t, MBarrier> mbarriers;
 
 private:

@@ -42,6 +42,7 @@ uint32_t shared_address(const void* place) {
   if (!b.window) {
     b.window = memory;
     std::memset(memory, nothing, b.launch->shared_bytes);
+    b.written.assign((window_end - window_begin) / 16, Written{});
   }
   if (memory != b.window) fault("a block with two arrays in shared memory");
   return window_begin;
@@ -59,6 +60,44 @@ char* shared_place(uint32_t address, uint32_t bytes, uint32_t alignment) {
                  std::to_string(alignment) + " bytes");
   return b.window + (address - window_begin);
 }
+
+char* shared_target(uint32_t address, uint32_t bytes, uint32_t alignment, int lane) {
+  Block& b = block();
+  const int thread = b.self_number() / warp_lanes * warp_lanes + lane;
+  char* const place = shared_place(address, bytes, alignment);
+  b.written[(address - window_begin) / 16] = {thread, b.thread(thread).fences};
+  return place;
+}
+char* shared_target(uint32_t address, uint32_t bytes, uint32_t alignment) {
+  return shared_target(address, bytes, alignment, block().self_number() % warp_lanes);
+}
+
+namespace {
+
+/// For the copy engine and products of warpgroups, which see what a thread wrote only after a fence
+/// of that thread.
+char* read_by_engines(uint32_t address, uint32_t bytes, uint32_t alignment) {
+  Block& b = block();
+  char* const place = shared_place(address, bytes, alignment);
+  for (uint32_t i = (address - window_begin) / 16; i <= (address + bytes - 1 - window_begin) / 16;
+       ++i)
+    if (const Written& last = b.written[i];
+        last.thread >= 0 && b.thread(last.thread).fences == last.fences)
+      b.fail("shared memory at " + std::to_string(window_begin + 16 * i) + ", written by thread " +
+             std::to_string(last.thread) + ", is read by a copy or a product without a fence");
+  return place;
+}
+
+/// For what copies write there.
+char* written_by_engines(uint32_t address, uint32_t bytes, uint32_t alignment) {
+  char* const place = shared_place(address, bytes, alignment);
+  for (uint32_t i = (address - window_begin) / 16; i <= (address + bytes - 1 - window_begin) / 16;
+       ++i)
+    block().written[i] = {};
+  return place;
+}
+
+} // namespace
 
 // Barriers
 
@@ -103,7 +142,7 @@ void run(const SmallCopy& copy) {
 void copy_async(uint32_t shared, const void* global, bool valid) {
   if (valid && reinterpret_cast<uintptr_t>(global) % 16) fault("cp.async not from 16 bytes");
   const SmallCopy copy{shared, global, valid, self().copy_group};
-  std::memset(shared_place(shared, 16, 16), nothing, 16);
+  std::memset(written_by_engines(shared, 16, 16), nothing, 16);
   if (block().chance())
     run(copy);
   else
@@ -169,7 +208,7 @@ void load_box(uint32_t shared, const void* map, uint32_t barrier, const int* coo
   const Box box = box_of(map, coordinates, rank);
   const uint32_t bytes = box_bytes(box.map);
   block().mbarrier(barrier);
-  std::memset(shared_place(shared, bytes, 128), nothing, bytes);
+  std::memset(written_by_engines(shared, bytes, 128), nothing, bytes);
   const auto run = [=] {
     for_each_element(shared, box.map, box.coordinates, [](uint32_t to, const char* from) {
       if (from)
@@ -184,7 +223,7 @@ void load_box(uint32_t shared, const void* map, uint32_t barrier, const int* coo
 void load_bytes(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
   if (bytes % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     fault("a bulk copy that is not in units of 16 bytes");
-  std::memset(shared_place(shared, bytes, 16), nothing, bytes);
+  std::memset(written_by_engines(shared, bytes, 16), nothing, bytes);
   const auto run = [=] { std::memcpy(shared_place(shared, bytes, 16), global, bytes); };
   block().mbarrier(barrier);
   block().start_copy({run, barrier, bytes, -1, 0});
@@ -195,7 +234,7 @@ void store_box(const void* map, uint32_t shared, const int* coordinates, int ran
   shared_place(shared, box_bytes(box.map), 128);
   const auto run = [=] {
     for_each_element(shared, box.map, box.coordinates, [](uint32_t from, char* to) {
-      if (to) std::memcpy(to, shared_place(from, 2, 2), 2);
+      if (to) std::memcpy(to, read_by_engines(from, 2, 2), 2);
     });
   };
   block().start_copy({run, 0, 0, block().self_number(), self().bulk_group});
@@ -205,7 +244,7 @@ void add_floats(float* global, uint32_t shared, uint32_t bytes) {
   if (bytes % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     fault("a bulk addition that is not in units of 16 bytes");
   const auto run = [=] {
-    const auto* from = reinterpret_cast<const float*>(shared_place(shared, bytes, 16));
+    const auto* from = reinterpret_cast<const float*>(read_by_engines(shared, bytes, 16));
     for (uint32_t i = 0; i < bytes / 4; ++i)
       std::atomic_ref<float>(global[i]).fetch_add(from[i], std::memory_order_relaxed);
   };
@@ -218,7 +257,7 @@ void bulk_wait(int pending) {
   block().finish_copies(block().self_number(), self().bulk_group - pending - 1);
 }
 
-void fence_async() {}
+void fence_async() { ++self().fences; }
 
 // Products
 
@@ -255,7 +294,7 @@ public:
                               static_cast<uint32_t>(along % page) * 2
                         : static_cast<uint32_t>(along) * 2;
     uint16_t bits;
-    std::memcpy(&bits, shared_place(swizzle(address, swizzle_), 2, 2), 2);
+    std::memcpy(&bits, read_by_engines(swizzle(address, swizzle_), 2, 2), 2);
     return to_float(bits, is_bf16);
   }
 

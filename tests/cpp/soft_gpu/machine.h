@@ -39,6 +39,9 @@ uint32_t shared_address(const void* place);
 /// Where it is; a fault if [address, address + bytes) leaves the window or is not aligned to
 /// `alignment`.
 char* shared_place(uint32_t address, uint32_t bytes, uint32_t alignment);
+/// The same for what a thread (of this warp: a lane) writes there.
+char* shared_target(uint32_t address, uint32_t bytes, uint32_t alignment);
+char* shared_target(uint32_t address, uint32_t bytes, uint32_t alignment, int lane);
 
 // Barriers.
 
@@ -65,7 +68,8 @@ void store_box(const void* map, uint32_t shared, const int* coordinates, int ran
 void add_floats(float* global, uint32_t shared, uint32_t bytes);
 void bulk_commit();
 void bulk_wait(int pending);
-/// What this thread wrote to shared memory before may be read by copies and products.
+/// What this thread wrote to shared memory before may be read by the copy engine and by products of
+/// warpgroups; without it that is a fault.
 void fence_async();
 
 // Products of a warpgroup.

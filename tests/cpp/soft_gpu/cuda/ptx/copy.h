@@ -16,7 +16,7 @@ void cp_async_wait() {
 
 template <class T>
 void st_shared(uint32_t address, const T& value) {
-  std::memcpy(soft_gpu::shared_place(address, sizeof value, sizeof value), &value, sizeof value);
+  std::memcpy(soft_gpu::shared_target(address, sizeof value, sizeof value), &value, sizeof value);
 }
 template <class T>
 T ld_shared_value(uint32_t address) {

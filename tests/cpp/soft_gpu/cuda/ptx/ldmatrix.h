@@ -28,9 +28,12 @@ void access_matrix(void* const* lanes) {
     if (!lanes[lane]) soft_gpu::fault("ldmatrix or stmatrix without all lanes");
   for (int tile = 0; tile < 4; ++tile) {
     uint16_t* rows[8];
-    for (int i = 0; i < 8; ++i)
-      rows[i] = reinterpret_cast<uint16_t*>(soft_gpu::shared_place(
-          static_cast<const MatrixAccess*>(lanes[tile * 8 + i])->address, 16, 16));
+    for (int i = 0; i < 8; ++i) {
+      const int lane = tile * 8 + i;
+      const uint32_t address = static_cast<const MatrixAccess*>(lanes[lane])->address;
+      rows[i] = reinterpret_cast<uint16_t*>(store ? soft_gpu::shared_target(address, 16, 16, lane)
+                                                  : soft_gpu::shared_place(address, 16, 16));
+    }
     for (int lane = 0; lane < warp_size; ++lane) {
       auto& mine = *static_cast<MatrixAccess*>(lanes[lane]);
       if constexpr (!store) mine.r[tile] = 0;
