@@ -12,7 +12,7 @@ namespace {
 thread_local Block* at_work = nullptr;
 
 /// So long may all threads of a block look at memory that does not change.
-constexpr auto patience = std::chrono::seconds(60);
+constexpr auto patience = std::chrono::minutes(5);
 
 } // namespace
 
@@ -266,9 +266,10 @@ void run_grid(const Launch& launch) {
       }
     }
   };
+  // More than there are processors: blocks then run side by side in ever other orders.
+  constexpr unsigned multiprocessors = 8;
   std::vector<std::thread> helpers;
-  const unsigned processors = std::max(1u, std::min(blocks, std::thread::hardware_concurrency()));
-  for (unsigned i = 1; i < processors; ++i) helpers.emplace_back(work);
+  for (unsigned i = 1; i < std::min(blocks, multiprocessors); ++i) helpers.emplace_back(work);
   work();
   for (std::thread& helper : helpers) helper.join();
   if (!fault.empty()) throw std::runtime_error(fault);

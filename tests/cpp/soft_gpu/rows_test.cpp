@@ -129,13 +129,11 @@ TEST(PackedOrder, HundredsOfSequences) {
 
 class Reproducible : public testing::TestWithParam<std::tuple<int, Target>> {};
 
-/// dK and dV always, dQ where asked, whoever runs first.
+/// dK and dV always, dQ where asked, whoever runs first. One head: its key blocks run side by side.
 TEST_P(Reproducible, BitEqualInEveryOrder) {
   const auto& [d, target] = GetParam();
-  Case c = make_case("order", d, 200, 230, 4);
-  c.heads_k = 2;
-  c.causal = true;
-  CaseProblem computed(c, DType::bfloat16);
+  const Case c = make_case("order", d, 200, 96000 / d);
+  CaseProblem computed(c, DType::float16); // the finer one
   computed.poison();
   run(computed.problem(), target);
   std::vector<std::vector<unsigned char>> first;
@@ -154,7 +152,7 @@ TEST_P(Reproducible, BitEqualInEveryOrder) {
 }
 
 INSTANTIATE_TEST_SUITE_P(
-    Rows, Reproducible, testing::Combine(testing::Values(64, 128, 256), testing::ValuesIn(targets)),
+    Rows, Reproducible, testing::Combine(testing::Values(64, 256), testing::ValuesIn(targets)),
     [](const auto& info) {
       return "d" + std::to_string(std::get<0>(info.param)) + "_" + std::get<1>(info.param).image;
     });
