@@ -151,11 +151,12 @@ TEST_P(Reproducible, BitEqualInEveryOrder) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Rows, Reproducible, testing::Combine(testing::Values(64, 256), testing::ValuesIn(targets)),
-    [](const auto& info) {
-      return "d" + std::to_string(std::get<0>(info.param)) + "_" + std::get<1>(info.param).image;
-    });
+INSTANTIATE_TEST_SUITE_P(Rows, Reproducible,
+                         testing::Combine(testing::Values(64, 256), testing::ValuesIn(targets)),
+                         [](const auto& info) {
+                           return "d" + std::to_string(std::get<0>(info.param)) + "_" +
+                                  std::get<1>(info.param).image;
+                         });
 
 /// The list reaches the whole table, so that nothing in it was never run.
 TEST(Coverage, EveryRowIsReachedByTheList) {
