@@ -4,9 +4,10 @@ On the machine with the GPU (needs Python with torch; nothing is downloaded):
 
   python tools/gpu_check.py --wheel dist/*.whl --tests --sanitizers all --bench all --out DIR
 
---op bwd does the same for the backward. --torch runs the package's tests of PyTorch on the GPU
-(streams, graphs, compile, autocast, checkpoints, SDPA): both directions, by the rows that the image
-gives.
+This checks every section that the record must have; --sections names some: fwd/sm90/sm_90a is the
+forward by the family sm90 through the image sm_90a. --torch runs the package's tests of PyTorch on
+the GPU too (streams, graphs, compile, autocast, checkpoints, SDPA): both directions, by the rows
+that the image gives. Tests and sanitizers run side by side, benchmarks alone, one after the other.
 
 Anywhere:
 
@@ -14,7 +15,7 @@ Anywhere:
                                               and write the tables of the docs anew
   python tools/gpu_check.py --check-record    one line: which sections are stale; exit 0 if none
 
---images: "sm_90" (or what the GPU is) is the native image, "compute_80" the PTX that the driver
+Images: "sm_90" (or what the GPU is) is the native image, "compute_80" the PTX that the driver
 compiles, "rows_86" the rows of another GPU generation (8.6) compiled for this GPU.
 Every step has the time that is left of --limit; what a step has finished by then is kept.
 """
@@ -30,10 +31,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +87,13 @@ class Clock:
     start: float = field(default_factory=time.monotonic)
 
     def left(self, at_most: float = float("inf")) -> float:
-        return max(1.0, min(at_most, self.limit - (time.monotonic() - self.start)))
+        return max(1.0, min(at_most, self.limit - self.spent()))
 
     def out(self) -> bool:
-        return time.monotonic() - self.start >= self.limit
+        return self.spent() >= self.limit
+
+    def spent(self) -> float:
+        return time.monotonic() - self.start
 
 
 @dataclass
@@ -96,11 +103,9 @@ class Output:
 
 
 def run(command: Sequence[str], environment: dict[str, str], log: Path, seconds: float) -> Output:
-    """Runs a command, appending to a log; ends it and its children when the time is over."""
-    with log.open("a") as file:
-        file.write(f"\n==== {' '.join(map(str, command))}\n")
-        file.flush()
-        begin = file.tell()
+    """Runs a command, its output in a file; ends it and its children when the time is over."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -116,8 +121,7 @@ def run(command: Sequence[str], environment: dict[str, str], log: Path, seconds:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             status = None
-    text = log.read_bytes()[begin:].decode(errors="replace")
-    return Output(text, status)
+    return Output(log.read_text(errors="replace"), status)
 
 
 def count_tests(text: str) -> dict[str, int]:
@@ -157,19 +161,19 @@ def read_cells(path: Path) -> list[dict[str, Any]]:
 
 
 class Check:
-    """One run on this machine. `out` gets log.txt and, after each step, record.json; `work` is
-    for what nobody needs afterwards."""
+    """One run on this machine. `out` gets a log of each step and, after each, record.json; `work`
+    is for what nobody needs afterwards."""
 
     def __init__(self, arguments: argparse.Namespace, work: Path) -> None:
         self.arguments = arguments
         self.work = work
         self.out: Path = arguments.out
         self.out.mkdir(parents=True, exist_ok=True)
-        self.log = self.out / "log.txt"
-        self.log.write_text("")
         self.clock = Clock(arguments.limit)
-        self.sections: list[gpu_record.Section] = []
+        self.machine = gpu_facts()
+        self.sections = [self.section(*key) for key in arguments.sections]
         self.remarks: list[str] = []
+        self.lock = threading.Lock()
         self.environment = dict(os.environ, PYTHONUNBUFFERED="1")
         # A cache of its own: what this run compiles at run time is compiled from this tree.
         self.environment.setdefault("ANYFLASH_CACHE_DIR", str(work / "cache"))
@@ -179,90 +183,98 @@ class Check:
         site = self.work / "site"
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
         command += ["--no-compile", "--upgrade", "--target", str(site), str(wheel)]
-        output = run(command, self.environment, self.log, self.clock.left(120))
+        output = run(command, self.environment, self.log("install"), self.clock.left(120))
         if output.status != 0:
             raise SystemExit(f"the wheel does not install:\n{output.text}")
         path = os.pathsep.join(filter(None, [str(site), self.environment.get("PYTHONPATH")]))
         self.environment["PYTHONPATH"] = path
 
-    def section(self, image: Image) -> gpu_record.Section:
-        gpu, driver = gpu_facts()
-        op, family = self.arguments.op, self.arguments.family
+    def section(self, op: str, family: str, image: str) -> gpu_record.Section:
         return {
             "op": op,
             "family": family,
-            "image": image.name,
+            "image": image_of(image).name,
             "hash": gpu_record.source_hash(op, family),
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-            "gpu": gpu,
-            "driver": driver,
+            "gpu": self.machine[0],
+            "driver": self.machine[1],
             "tests": {"passed": 0, "failed": 0, "skipped": 0},
             "sanitizers": {},
             "bench": [],
         }
 
-    def check_image(self, image: Image) -> None:
-        section = self.section(image)
-        self.sections.append(section)
-        label = image.name.replace(" ", "_")
-        environment = {**self.environment, **image.environment}
-        if self.arguments.tests:
-            files = [f"tests/device/{name}" for name in TESTS[self.arguments.op]]
-            self.test(section, "tests", files, environment, label)
-        if self.arguments.torch:
+    def check(self) -> None:
+        """What is right or wrong first, side by side; then, on a quiet machine, what is fast."""
+        with ThreadPoolExecutor(self.arguments.jobs) as pool:
+            for step in [pool.submit(step) for step in self.steps()]:
+                step.result()
+        if self.arguments.bench:
+            for section, (_, _, image) in zip(self.sections, self.arguments.sections, strict=True):
+                self.bench(section, {**self.environment, **image_of(image).environment})
+
+    def steps(self) -> list[Callable[[], None]]:
+        """Tests and sanitizers of all sections, the long ones first."""
+        tests: list[Callable[[], None]] = []
+        sanitizers: list[Callable[[], None]] = []
+        of_torch: dict[str, list[gpu_record.Section]] = {}
+        for section, (op, _, image) in zip(self.sections, self.arguments.sections, strict=True):
+            environment = {**self.environment, **image_of(image).environment}
+            of_torch.setdefault(image, []).append(section)
+            if self.arguments.tests:
+                files = [f"tests/device/{name}" for name in TESTS[op]]
+                tests.append(partial(self.test, [section], "tests", files, environment))
+            for tool in self.arguments.sanitizers:
+                sanitizers.append(partial(self.sanitize, section, environment, tool))
+        for image, sections in of_torch.items() if self.arguments.torch else ():
             found = (path for name in TORCH_TESTS for path in (ROOT / "tests/python").glob(name))
             files = [path.relative_to(ROOT).as_posix() for path in sorted(found)]
-            on_gpu = {**environment, "ANYFLASH_TEST_DEVICE": "cuda"}
-            self.test(section, "torch_tests", files, on_gpu, label)
-        for tool in self.arguments.sanitizers:
-            self.sanitize(section, environment, label, tool)
-        if self.arguments.bench:
-            self.bench(section, environment, label)
+            on_gpu = {"ANYFLASH_TEST_DEVICE": "cuda"}
+            environment = {**self.environment, **image_of(image).environment, **on_gpu}
+            tests.append(partial(self.test, sections, "torch_tests", files, environment))
+        return tests + sanitizers
 
     def test(
         self,
-        section: gpu_record.Section,
+        sections: list[gpu_record.Section],
         field: str,
         files: list[str],
         environment: dict[str, str],
-        label: str,
     ) -> None:
-        """Runs pytest on these files; the counts go into this field of the section."""
-        what = f"{field.replace('_', ' ')} of {label}"
+        """Runs pytest on these files; the counts go into this field of the sections."""
+        what = f"{field.replace('_', ' ')} of {label(sections[0])}"
         if self._no_time(what):
             return
         command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
         command += files + self.arguments.pytest
-        output = run(command, environment, self.log, self.clock.left())
+        output = run(command, environment, self.log(what), self.clock.left())
         counts = count_tests(output.text)
-        print(f"{what}: {counts}", flush=True)
+        self.say(f"{what}: {counts}")
         if output.status is None:
             self.remarks.append(f"{what}: out of time after {counts}: not recorded")
         elif output.status not in (0, 1):
             self.remarks.append(f"{what}: pytest ended with {output.status}")
         elif not self.arguments.pytest:
-            section[field] = counts
+            for section in sections:
+                section[field] = counts
         failures = [line for line in output.text.splitlines() if line.startswith("FAILED")]
         self.remarks += failures[:20]
         self.save()
 
-    def sanitize(
-        self, section: gpu_record.Section, environment: dict[str, str], label: str, tool: str
-    ) -> None:
-        if self._no_time(f"{tool} of {label}"):
+    def sanitize(self, section: gpu_record.Section, environment: dict[str, str], tool: str) -> None:
+        what = f"{tool} of {label(section)}"
+        if self._no_time(what):
             return
         command = [find_sanitizer(), "--tool", tool, "--print-limit", "30"]
         command += ["--report-api-errors", "no"] if tool == "memcheck" else []
         command += [sys.executable, "tests/device/sanitize_rows.py"]
-        command += ["--op", TABLE_OPS[self.arguments.op], "--family", self.arguments.family]
-        output = run(
-            command, environment, self.log, self.clock.left(self.arguments.sanitizer_limit)
-        )
+        command += ["--op", TABLE_OPS[section["op"]], "--family", section["family"]]
+        seconds = self.clock.left(self.arguments.sanitizer_limit)
+        output = run(command, environment, self.log(what), seconds)
         errors, cases = count_errors(output.text), count_cases(output.text)
-        print(f"{label}: {tool}: {cases} cases, {errors} errors", flush=True)
+        self.say(f"{what}: {cases} cases, {errors} errors")
         if errors is None or cases is None or (output.status != 0 and not errors):
             tail = " | ".join(output.text.splitlines()[-3:])
-            self.remarks.append(f"{tool} of {label}: no result ({output.status}): {tail}")
+            self.remarks.append(f"{what}: no result ({output.status}): {tail}")
         else:
             explained = self.arguments.explained.get(tool, 0)
             section["sanitizers"][tool] = {
@@ -272,21 +284,29 @@ class Check:
             }
         self.save()
 
-    def bench(self, section: gpu_record.Section, environment: dict[str, str], label: str) -> None:
-        if self._no_time(f"benchmarks of {label}"):
+    def bench(self, section: gpu_record.Section, environment: dict[str, str]) -> None:
+        what = f"benchmarks of {label(section)}"
+        if self._no_time(what):
             return
-        cells = self.work / f"bench_{label}.jsonl"
-        script, *parts = BENCHES[self.arguments.op]
+        cells = self.work / f"{what.replace(' ', '_')}.jsonl"
+        script, *parts = BENCHES[section["op"]]
         parts = parts if self.arguments.bench == "all" else ["--grid"]
         command = [sys.executable, script, *parts, "--out", str(cells)]
         command += ["--seconds", str(self.arguments.bench_seconds)]
-        output = run(command, environment, self.log, self.clock.left())
+        output = run(command, environment, self.log(what), self.clock.left())
         section["bench"] = read_cells(cells)
+        self.say(f"{what}: {len(section['bench'])} cells")
         if output.status != 0:
             tail = " | ".join(output.text.splitlines()[-3:])
             ended = "out of time" if output.status is None else f"ended with {output.status}"
-            self.remarks.append(f"benchmarks of {label}: {ended}: {tail}")
+            self.remarks.append(f"{what}: {ended}: {tail}")
         self.save()
+
+    def log(self, what: str) -> Path:
+        return self.out / "logs" / f"{re.sub('[^a-z0-9_]+', '_', what.lower())}.txt"
+
+    def say(self, line: str) -> None:
+        print(f"{self.clock.spent():4.0f} s  {line}", flush=True)
 
     def _no_time(self, what: str) -> bool:
         if self.clock.out():
@@ -294,7 +314,8 @@ class Check:
         return self.clock.out()
 
     def save(self) -> None:
-        gpu_record.write({"sections": self.sections}, self.out / "record.json")
+        with self.lock:
+            gpu_record.write({"sections": self.sections}, self.out / "record.json")
 
     def report(self) -> None:
         """The short table last: it is what a person sees first."""
@@ -302,6 +323,10 @@ class Check:
             print("!", remark)
         for section in self.sections:
             print("\n".join(gpu_record.summary(section)))
+
+
+def label(section: gpu_record.Section) -> str:
+    return " ".join(gpu_record.key_of(section))
 
 
 def gpu_facts() -> tuple[str, str]:
@@ -325,8 +350,7 @@ def check_here(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         check = Check(arguments, Path(folder))
         check.install(arguments.wheel)
-        for name in arguments.images:
-            check.check_image(image_of(name))
+        check.check()
         check.save()
         check.report()
     failed = any(gpu_record.failures(section) for section in check.sections)
@@ -350,6 +374,23 @@ def words(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
 
 
+def section_key(text: str) -> tuple[str, str, str]:
+    """(op, family, image) of op/family/image."""
+    key = tuple(text.split("/"))
+    if len(key) != 3 or key[:2] not in gpu_record.operations():
+        raise SystemExit(f"--sections: {text!r} is no op/family/image, such as fwd/sm80/sm_90")
+    image_of(key[2])
+    return key
+
+
+def expected_sections() -> list[tuple[str, str, str]]:
+    return [
+        (op, family, image.removesuffix(" PTX"))
+        for op, family in gpu_record.operations()
+        for image in gpu_record.EXPECTED_IMAGES[family]
+    ]
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -368,9 +409,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--explained", default="", help="tool=N,...: reports that are understood")
     parser.add_argument("--bench", choices=("all", "grid"), help="all: also options, host time")
     parser.add_argument("--bench-seconds", type=float, default=0.4, help="of one cell")
-    parser.add_argument("--images", type=words, default=["sm_90", "compute_80"])
-    parser.add_argument("--op", default="fwd", choices=tuple(TABLE_OPS))
-    parser.add_argument("--family", default="sm80")
+    parser.add_argument("--sections", type=words, help="op/family/image,...; default: all")
+    parser.add_argument("--jobs", type=int, default=8, help="tests and sanitizers at a time")
     parser.add_argument("--limit", type=float, default=560, help="seconds of the whole run")
     parser.add_argument("--out", type=Path, default=Path("gpu_check"), help="logs, record.json")
     parser.add_argument("--check-record", action="store_true", help="which sections are stale")
@@ -378,6 +418,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.sanitizers == ["all"]:
         arguments.sanitizers = list(SANITIZERS)
+    keys = map(section_key, arguments.sections) if arguments.sections else expected_sections()
+    arguments.sections = list(keys)
     if unknown := set(arguments.sanitizers) - set(SANITIZERS):
         parser.error(f"--sanitizers: {sorted(unknown)} are none of {', '.join(SANITIZERS)}")
     arguments.explained = {

@@ -73,12 +73,10 @@ def test_cells_survive_a_cut_off_line(tmp_path):
 
 
 def test_run_returns_output_and_status(tmp_path):
-    log = tmp_path / "log.txt"
-    first = run([sys.executable, "-c", "print('a'); exit(3)"], dict(os.environ), log, 60)
-    second = run([sys.executable, "-c", "print('b')"], dict(os.environ), log, 60)
-    assert (first.text.strip(), first.status) == ("a", 3)
-    assert (second.text.strip(), second.status) == ("b", 0)
-    assert log.read_text().count("====") == 2
+    log = tmp_path / "logs" / "a.txt"
+    output = run([sys.executable, "-c", "print('a'); exit(3)"], dict(os.environ), log, 60)
+    assert (output.text.strip(), output.status) == ("a", 3)
+    assert log.read_text() == "a\n"
 
 
 def test_run_ends_children_when_the_time_is_over(tmp_path):
@@ -101,7 +99,17 @@ def test_arguments():
     arguments = parse(["--wheel", "a.whl", "--sanitizers", "all", "--explained", "racecheck=2"])
     assert arguments.sanitizers == ["memcheck", "racecheck", "initcheck", "synccheck"]
     assert arguments.explained == {"racecheck": 2}
-    for wrong in ([], ["--wheel", "a.whl", "--sanitizers", "lint"]):
+    assert ("bwd", "sm80", "compute_80") in arguments.sections
+    assert ("fwd", "sm90", "sm_90a") in arguments.sections
+    named = parse(["--wheel", "a.whl", "--sections", "fwd/sm80/rows_86,bwd/sm90/sm_90a"])
+    assert named.sections == [("fwd", "sm80", "rows_86"), ("bwd", "sm90", "sm_90a")]
+    for wrong in (
+        [],
+        ["--wheel", "a.whl", "--sanitizers", "lint"],
+        ["--wheel", "a.whl", "--sections", "fwd/sm80"],
+        ["--wheel", "a.whl", "--sections", "fwd/sm10/sm_90"],
+        ["--wheel", "a.whl", "--sections", "fwd/sm80/h100"],
+    ):
         with pytest.raises(SystemExit):
             parse(wrong)
 
@@ -115,20 +123,22 @@ def test_the_tests_of_torch_run_on_the_gpu(tmp_path, monkeypatch):
         return gpu_check.Output(text + "FAILED tests/a.py::test_y - assert 0\n", 1)
 
     monkeypatch.setattr(gpu_check, "run", fake_run)
-    check = gpu_check.Check(
-        parse(["--wheel", "a.whl", "--torch", "--out", str(tmp_path)]), tmp_path
-    )
-    check.check_image(image_of("sm_90"))
+    sections = "fwd/sm80/sm_90,bwd/sm80/sm_90"
+    words = ["--wheel", "a.whl", "--torch", "--sections", sections, "--out", str(tmp_path)]
+    check = gpu_check.Check(parse(words), tmp_path)
+    check.check()
     ((command, environment),) = asked
     files = [word for word in command if word.endswith(".py")]
     assert "tests/python/test_sdpa.py" in files and "tests/python/test_torch_training.py" in files
     assert all((gpu_record.ROOT / name).is_file() for name in files)
     assert environment["ANYFLASH_TEST_DEVICE"] == "cuda"
     assert environment["ANYFLASH_IMAGE"] == "sm_90"
-    (section,) = gpu_record.read(tmp_path / "record.json")["sections"]
-    assert section["torch_tests"] == {"passed": 1, "failed": 1, "skipped": 0}
-    assert gpu_record.failures(section) == 1
-    assert "  torch tests: 1 passed, 1 failed, 0 skipped" in gpu_record.summary(section)
+    both = gpu_record.read(tmp_path / "record.json")["sections"]
+    assert [section["op"] for section in both] == ["bwd", "fwd"]
+    for section in both:
+        assert section["torch_tests"] == {"passed": 1, "failed": 1, "skipped": 0}
+        assert gpu_record.failures(section) == 1
+        assert "  torch tests: 1 passed, 1 failed, 0 skipped" in gpu_record.summary(section)
     assert check.remarks == ["FAILED tests/a.py::test_y - assert 0"]
 
 
@@ -158,3 +168,30 @@ def test_import_refuses_a_run_of_other_sources(tmp_path):
     with pytest.raises(SystemExit, match="other sources"):
         gpu_check.import_record(tmp_path, tmp_path / "into.json")
     assert not (tmp_path / "into.json").exists()
+
+
+def test_steps_run_side_by_side_and_benchmarks_alone(tmp_path, monkeypatch):
+    running, most, alone = set(), [], []
+
+    def fake_run(command, environment, log, seconds):
+        running.add(log)
+        most.append(len(running))
+        if "bench" in log.name:
+            alone.append(len(running) == 1)
+        time.sleep(0.2)
+        running.discard(log)
+        return gpu_check.Output("ERROR SUMMARY: 0 errors\ncases: 3, rows reached: 1 of 1\n", 0)
+
+    monkeypatch.setattr(gpu_check, "run", fake_run)
+    words = ["--wheel", "a.whl", "--sanitizers", "all", "--bench", "grid", "--out", str(tmp_path)]
+    check = gpu_check.Check(parse([*words, "--jobs", "4"]), tmp_path)
+    check.check()
+    assert max(most) == 4
+    assert alone == [True] * len(check.sections)
+    for section in gpu_record.read(tmp_path / "record.json")["sections"]:
+        assert {tool: result["errors"] for tool, result in section["sanitizers"].items()} == {
+            "memcheck": 0,
+            "racecheck": 0,
+            "initcheck": 0,
+            "synccheck": 0,
+        }
