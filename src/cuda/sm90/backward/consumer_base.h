@@ -52,19 +52,27 @@ protected:
   /// The first row of this warp among the block's keys.
   DEVICE int first_row() const { return (F::by_keys ? index_ * 64 : 0) + warp_index() % 4 * 16; }
 
-  /// The sums lie in the order of registers, so that a warp adds to neighbouring addresses.
-  template <int width>
-  DEVICE void add_to_queries(const WarpgroupAccumulator<width>& dq, QRing q, Ring<2> turn) const {
+  /// Waits for this warpgroup's turn to add, where there are turns.
+  DEVICE void wait_for_turn(Ring<2> turn) const {
     if (p_.turns) mbarrier_wait(barriers_.turn(index_), turn.stage());
+  }
+  DEVICE void pass_turn_on() const {
+    if (p_.turns) named_barrier_arrive(first_turn_barrier + index_, warpgroup_size + warp_size);
+  }
+  /// dQ to the sums of its part of the queries. They lie in the order of registers, so that a warp
+  /// adds to neighbouring addresses. first_tile: of the part's tiles of 8 columns.
+  template <int width>
+  DEVICE void add_to_queries(const WarpgroupAccumulator<width>& dq, int64_t first_row, int part,
+                             int first_tile = 0) const {
     float* const sum =
-        query_sums<Row>(p_, step(q).first_row, index_, recomputed(threadIdx.x) % warpgroup_size);
+        query_sums<Row>(p_, first_row, part, recomputed(threadIdx.x) % warpgroup_size) +
+        first_tile * 4 * warpgroup_size;
     UNROLL
     for (int tile = 0; tile < width / 8; ++tile) {
-      if (tile < F::q_tiles(index_))
+      if (first_tile + tile < F::q_tiles(part))
         red_add_4(sum + tile * 4 * warpgroup_size,
                   reinterpret_cast<const float(&)[4]>(dq.x[4 * tile]));
     }
-    if (p_.turns) named_barrier_arrive(first_turn_barrier + index_, warpgroup_size + warp_size);
   }
 
   /// dK or dV of this block's keys, in columns from first_column on; offset: to the first key.
