@@ -4,8 +4,42 @@
 
 #include "cuda/sm90/backward/consumer_by_columns.h"
 #include "cuda/sm90/backward/consumer_by_keys.h"
+#include "cuda/sm90/backward/consumer_of_keys.h"
+#include "cuda/sm90/backward/consumer_of_queries.h"
 
 namespace anyflash::sm90 {
+
+/// The warpgroup at `index` of those that share a block's keys, or columns.
+template <class Row>
+DEVICE void consume(const BackwardParams& p, char* shared_memory, int index) {
+  using F = Backward<Row>;
+  constexpr int first = F::q_columns, second = Row::d - F::q_columns;
+  if constexpr (F::by_keys && F::apart) {
+    ConsumerOfKeys<Row>(p, shared_memory, index).run();
+  } else if constexpr (F::by_keys) {
+    ConsumerByKeys<Row>(p, shared_memory, index).run();
+  } else {
+    if (first == second || index == 0)
+      ConsumerByColumns<Row, first>(p, shared_memory, index).run();
+    else
+      ConsumerByColumns<Row, second>(p, shared_memory, index).run();
+  }
+}
+
+/// The warps that move data and hand out work.
+template <class Row>
+DEVICE void serve(const BackwardParams& p, char* shared_memory) {
+  using F = Backward<Row>;
+  const int warp = warp_index();
+  if (warp < F::consumers) {
+    if (p.turns && warp < F::adders) watch_turns<Row>(p, warp, shared_memory);
+  } else if (lane_index() == 0) {
+    if (warp == F::consumers)
+      Scheduler<Row>(p, shared_memory).run();
+    else
+      Loader<Row>(p, shared_memory).run();
+  }
+}
 
 /// Key blocks, one after the other.
 template <class Row>
@@ -20,28 +54,13 @@ DEVICE void backward(const BackwardParams& p) {
   const int warpgroup = warpgroup_index();
   if (warpgroup == 0) {
     fewer_registers<24>();
-    const int warp = warp_index();
-    if (warp < F::consumers) {
-      if (p.turns) watch_turns<Row>(p, warp, shared_memory);
-    } else if (lane_index() == 0) {
-      if (warp == F::consumers)
-        Scheduler<Row>(p, shared_memory).run();
-      else
-        Loader<Row>(p, shared_memory).run();
-    }
-  } else {
-    more_registers<240>();
-    const int consumer = warpgroup - 1;
-    if constexpr (F::by_keys) {
-      ConsumerByKeys<Row>(p, shared_memory, consumer).run();
-    } else if constexpr (Row::d == 2 * F::q_columns) {
-      ConsumerByColumns<Row, F::q_columns>(p, shared_memory, consumer).run();
-    } else {
-      if (consumer == 0)
-        ConsumerByColumns<Row, F::q_columns>(p, shared_memory, 0).run();
-      else
-        ConsumerByColumns<Row, Row::d - F::q_columns>(p, shared_memory, 1).run();
-    }
+    serve<Row>(p, shared_memory);
+  } else if (warpgroup <= F::consumers) {
+    more_registers<F::consumer_registers>();
+    consume<Row>(p, shared_memory, warpgroup - 1);
+  } else if constexpr (F::apart) {
+    fewer_registers<F::apart_registers>();
+    ConsumerOfQueries<Row>(p, shared_memory).run();
   }
 }
 
