@@ -4,8 +4,10 @@
 
 #include "cuda/sm90/backward/consumer_by_columns.h"
 #include "cuda/sm90/backward/consumer_by_keys.h"
+#include "cuda/sm90/backward/consumer_of_columns.h"
 #include "cuda/sm90/backward/consumer_of_keys.h"
 #include "cuda/sm90/backward/consumer_of_queries.h"
+#include "cuda/sm90/backward/consumer_of_scores.h"
 
 namespace anyflash::sm90 {
 
@@ -18,6 +20,11 @@ DEVICE void consume(const BackwardParams& p, char* shared_memory, int index) {
     ConsumerOfKeys<Row>(p, shared_memory, index).run();
   } else if constexpr (F::by_keys) {
     ConsumerByKeys<Row>(p, shared_memory, index).run();
+  } else if constexpr (F::apart) {
+    if (first == second || index == 0)
+      ConsumerOfColumns<Row, first>(p, shared_memory, index).run();
+    else
+      ConsumerOfColumns<Row, second>(p, shared_memory, index).run();
   } else {
     if (first == second || index == 0)
       ConsumerByColumns<Row, first>(p, shared_memory, index).run();
@@ -60,7 +67,10 @@ DEVICE void backward(const BackwardParams& p) {
     consume<Row>(p, shared_memory, warpgroup - 1);
   } else if constexpr (F::apart) {
     fewer_registers<F::apart_registers>();
-    ConsumerOfQueries<Row>(p, shared_memory).run();
+    if constexpr (F::by_keys)
+      ConsumerOfQueries<Row>(p, shared_memory).run();
+    else
+      ConsumerOfScores<Row>(p, shared_memory).run();
   }
 }
 
