@@ -8,6 +8,7 @@
 #include "cuda/sm90/backward/consumer_of_keys.h"
 #include "cuda/sm90/backward/consumer_of_queries.h"
 #include "cuda/sm90/backward/consumer_of_scores.h"
+#include "cuda/sm90/backward/zero_sums.h"
 
 namespace anyflash::sm90 {
 
@@ -40,6 +41,7 @@ DEVICE void serve(const BackwardParams& p, char* shared_memory) {
   const int warp = warp_index();
   if (warp < F::consumers) {
     if (p.turns && warp < F::adders) watch_turns<Row>(p, warp, shared_memory);
+    if (p.zeroed && warp == 0) zero_sums_ahead<Row>(p, shared_memory);
   } else if (lane_index() == 0) {
     if (warp == F::consumers)
       Scheduler<Row>(p, shared_memory).run();
@@ -53,8 +55,10 @@ template <class Row>
 DEVICE void backward(const BackwardParams& p) {
   using F = Backward<Row>;
   extern __shared__ __align__(1024) char shared_memory[];
-  if (threadIdx.x == 0)
-    BackwardBarriers<Row>{shared_address(shared_memory) + F::at.barriers}.init(p.turns);
+  if (threadIdx.x == 0) {
+    const int watchers = p.turns ? F::adders : p.zeroed ? 1 : 0;
+    BackwardBarriers<Row>{shared_address(shared_memory) + F::at.barriers}.init(watchers);
+  }
   __syncthreads();
   wait_for_kernel_before();
   let_next_kernel_start();

@@ -132,11 +132,11 @@ struct BackwardBarriers {
   DEVICE uint32_t v_full(int stage) const { return k_full(2 * Row::kv_stages + stage); }
   DEVICE uint32_t v_empty(int stage) const { return k_full(3 * Row::kv_stages + stage); }
 
-  /// By one thread. in_turns: the warps that watch over the order of dQ read Work too.
-  DEVICE void init(bool in_turns) const {
+  /// By one thread. watchers: warps that read Work besides those that load and compute.
+  DEVICE void init(int watchers) const {
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(work_full(i), 1);
-      mbarrier_init(work_empty(i), 1 + 4 * F::readers + (in_turns ? F::adders : 0));
+      mbarrier_init(work_empty(i), 1 + 4 * F::readers + watchers);
       mbarrier_init(ds_full(i), F::scores_apart ? 4 : 4 * F::consumers);
       mbarrier_init(turn(i), 1);
       mbarrier_init(ds_empty(i), 1);
