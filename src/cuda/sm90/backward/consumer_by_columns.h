@@ -82,8 +82,8 @@ private:
     wgmma_wait<more ? 2 : 1>();
     keep(dq.x);
     if (!more) release(barriers_.k_empty(kv_.stage()));
-    this->wait_for_turn(shared_stage_);
-    this->add_to_queries(dq, step(q_).first_row, index_);
+    const bool store = this->wait_for_turn(shared_stage_);
+    this->add_to_queries(dq, step(q_).first_row, store, index_);
     this->pass_turn_on();
     if (!more && early_store) this->store_value_gradient(dv_, work, first_column_);
     if constexpr (more) {

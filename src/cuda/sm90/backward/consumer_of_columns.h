@@ -58,9 +58,9 @@ private:
     release(barriers_.o_empty(o_.stage()));
     wgmma_wait<1>();
     keep(dq.x);
-    this->wait_for_turn(shared_stage_);
+    const bool store = this->wait_for_turn(shared_stage_);
     if constexpr (width == 128) {
-      this->add_to_queries(dq, step(q_).first_row, index_);
+      this->add_to_queries(dq, step(q_).first_row, store, index_);
       start_query_gradient(dq, first_column_ + 64);
     }
     wgmma_wait<0>();
@@ -69,7 +69,7 @@ private:
     const int64_t first_row = step(q_).first_row;
     if (last) release(barriers_.k_empty(kv_.stage()));
     this->release_queries(q_.stage());
-    this->add_to_queries(dq, first_row, index_, width == 128 ? 8 : 0);
+    this->add_to_queries(dq, first_row, store, index_, width == 128 ? 8 : 0);
     this->pass_turn_on();
     q_.advance();
     o_.advance();

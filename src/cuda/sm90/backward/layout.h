@@ -121,9 +121,10 @@ struct BackwardBarriers {
   DEVICE uint32_t ds_full(int stage) const { return begin + 32 + 8 * stage; }
   DEVICE uint32_t turn(int consumer) const { return begin + 48 + 8 * consumer; }
   DEVICE uint32_t work_wanted() const { return begin + 64; }
-  DEVICE uint32_t ds_empty(int stage) const { return begin + 72 + 8 * stage; } // dQ apart
-  DEVICE uint32_t p_full(int stage) const { return begin + 88 + 8 * stage; }   // scores apart
-  DEVICE uint32_t q_full(int stage) const { return begin + 104 + 8 * stage; }
+  DEVICE uint32_t ds_empty(int stage) const { return begin + 72 + 8 * stage; }       // dQ apart
+  DEVICE uint32_t p_full(int stage) const { return begin + 88 + 8 * stage; }         // scores apart
+  DEVICE uint32_t turn_of(int consumer) const { return begin + 104 + 4 * consumer; } // an int
+  DEVICE uint32_t q_full(int stage) const { return begin + 112 + 8 * stage; }
   DEVICE uint32_t q_empty(int stage) const { return q_full(Row::q_stages + stage); }
   DEVICE uint32_t o_full(int stage) const { return q_full(2 * Row::q_stages + stage); }
   DEVICE uint32_t o_empty(int stage) const { return o_full(Row::o_stages + stage); }

@@ -256,9 +256,10 @@ private:
 };
 
 /// Key blocks add to the dQ of a query block in the order of their index, so that dQ is the same
-/// from run to run. One warp for each consumer waits for the turn before the consumer needs it, and
-/// passes it on when the consumer has added its part. Blocks of lower index are handed out before
-/// those of higher, so that nobody waits for a block that cannot run.
+/// from run to run; the first does not add but store. One warp for each consumer waits for the turn
+/// before the consumer needs it, and passes it on when the consumer has added its part. Blocks of
+/// lower index are handed out before those of higher, so that nobody waits for a block that cannot
+/// run.
 template <class Row>
 DEVICE void watch_turns(const BackwardParams& p, int consumer, const char* shared_memory) {
   using F = Backward<Row>;
@@ -280,6 +281,7 @@ DEVICE void watch_turns(const BackwardParams& p, int consumer, const char* share
         while (load_relaxed(turn) != mine) {
         }
         __threadfence();
+        st_shared(barriers.turn_of(consumer), mine);
         mbarrier_arrive(barriers.turn(consumer));
       }
       __syncwarp();
