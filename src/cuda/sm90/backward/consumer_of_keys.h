@@ -50,6 +50,7 @@ private:
       p.round(s);
     }
     mbarrier_wait(barriers_.v_full(kv_.stage()), kv_.phase());
+    this->load_values();
     ROLLED
     for (int left = work.steps; left > 1; --left) one_step<true>(work, p);
     one_step<false>(work, p);

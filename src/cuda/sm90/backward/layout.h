@@ -19,6 +19,8 @@ struct Backward {
   static constexpr bool by_keys = Row::Bc == 128;
   static constexpr bool apart = Row::warps == 16;
   static constexpr bool dq_apart = apart && by_keys, scores_apart = apart && !by_keys;
+  /// Where there are registers for it: shared memory is what limits the speed.
+  static constexpr bool v_in_registers = dq_apart && Row::dv <= 96;
   static constexpr int consumers = 2;
   static constexpr int adders = dq_apart ? 1 : consumers; // warpgroups with a part of dQ
   static constexpr int readers = apart ? 3 : consumers;   // warpgroups that follow Work

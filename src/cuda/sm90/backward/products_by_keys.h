@@ -34,6 +34,17 @@ protected:
     wgmma_commit();
   }
 
+  /// This consumer's rows of V, where they are kept in registers.
+  DEVICE void load_values() {
+    if constexpr (F::v_in_registers) {
+      const auto v = FragmentReader<typename F::VTile>::rows_first(
+          this->v_tile(kv_), index_ * 64 + recomputed(threadIdx.x) / 32 % 4 * 16);
+      UNROLL
+      for (int k = 0; k < Row::dv / 16; ++k)
+        v.read(reinterpret_cast<uint32_t(&)[4]>(v_[4 * k]), 0, k);
+    }
+  }
+
   /// dP^T = V dO^T.
   DEVICE void start_probability_gradients(Scores& dp) {
     mbarrier_wait(barriers_.o_full(o_.stage()), o_.phase());
@@ -41,8 +52,12 @@ protected:
     const uint64_t b = O::k_major(o_tile(o_));
     wgmma_fence();
     UNROLL
-    for (int k = 0; k < Row::dv / 16; ++k)
-      wgmma<T, Major::k, Major::k>(dp.x, a + V::at_columns(k), b + O::at_columns(k), k != 0);
+    for (int k = 0; k < Row::dv / 16; ++k) {
+      if constexpr (F::v_in_registers)
+        wgmma<T, Major::k>(dp.x, v_ + 4 * k, b + O::at_columns(k), k != 0);
+      else
+        wgmma<T, Major::k, Major::k>(dp.x, a + V::at_columns(k), b + O::at_columns(k), k != 0);
+    }
     wgmma_commit();
   }
 
@@ -90,6 +105,7 @@ protected:
 
   typename F::KeyGradient dk_;
   typename F::ValueGradient dv_;
+  uint32_t v_[F::v_in_registers ? Row::dv / 4 : 1];
   typename Base::QRing q_;
   typename Base::ORing o_;
   Ring<2> ds_; // also counts turns
