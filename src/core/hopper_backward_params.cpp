@@ -17,10 +17,17 @@ int64_t heads_that_take_turns(const Problem& problem, const Row& row) {
   return std::clamp<int64_t>(cache_bytes / head_bytes, 16, 128);
 }
 
+/// Key heads whose sums of dQ are zeroed before the main kernel. It zeroes the others itself, that
+/// many heads ahead: enough for all blocks that run together, so that nobody waits, and few enough
+/// for the zeros to be in the L2 cache when they are added to.
+int64_t heads_ahead(int64_t key_blocks, int multiprocessors) {
+  return 1 + (multiprocessors + key_blocks - 1) / key_blocks;
+}
+
 } // namespace
 
-sm90::BackwardParams hopper_backward_params(const Problem& problem, const Row& row,
-                                            void* workspace) {
+sm90::BackwardParams hopper_backward_params(const Problem& problem, const Row& row, void* workspace,
+                                            int multiprocessors) {
   sm90::BackwardParams p{};
   static_cast<BackwardParams&>(p) = backward_params(problem, row, workspace);
   const auto map = [&](const View& view, const Extents& extents, int columns, int box_rows) {
@@ -30,8 +37,11 @@ sm90::BackwardParams hopper_backward_params(const Problem& problem, const Row& r
   p.k_map = map(problem.k, key_extents(problem, problem.d), row.d, row.Bc);
   p.v_map = map(problem.v, key_extents(problem, problem.dv), row.dv, row.Bc);
   p.dout_map = map(problem.dout, query_extents(problem, problem.dv), row.dv, row.Br);
-  p.tickets = reinterpret_cast<int32_t*>(static_cast<char*>(workspace) +
-                                         backward_workspace(problem, row).tickets);
+  const BackwardWorkspace layout = backward_workspace(problem, row);
+  const auto counters = [&](uint64_t offset) {
+    return reinterpret_cast<int32_t*>(static_cast<char*>(workspace) + offset);
+  };
+  p.tickets = counters(layout.tickets);
   const int64_t blocks = (problem.seqlen_k + row.Bc - 1) / row.Bc;
   const int64_t heads = problem.heads_k * problem.batch;
   const int64_t section =
@@ -40,6 +50,10 @@ sm90::BackwardParams hopper_backward_params(const Problem& problem, const Row& r
   p.key_last_section = make_divisor((heads - 1) % section + 1);
   p.key_section_blocks = make_divisor(section * std::max<int64_t>(1, blocks));
   p.key_blocks = static_cast<uint32_t>(blocks * problem.heads_k * problem.batch);
+  if (problem.deterministic || problem.seqlen_q == 0 || blocks == 0) return p;
+  const int64_t ahead = heads_ahead(blocks, multiprocessors);
+  p.heads_ahead = static_cast<uint32_t>(std::min(ahead, heads));
+  if (ahead < heads) p.zeroed = counters(layout.zeroed);
   return p;
 }
 

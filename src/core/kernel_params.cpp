@@ -138,7 +138,9 @@ BackwardWorkspace backward_workspace(const Problem& problem, const Row& row) {
   const bool hopper = row.family == "sm90"; // one turn for each of its two consumers
   const uint64_t turns = rows / static_cast<uint64_t>(row.Br) * (hopper ? 2 : 1);
   workspace.tickets = workspace.turns + on_256(turns * sizeof(int32_t));
-  workspace.end = workspace.tickets + (hopper ? on_256(sizeof(int32_t)) : 0);
+  workspace.zeroed = workspace.tickets + (hopper ? on_256(sizeof(int32_t)) : 0);
+  const auto key_heads = static_cast<uint64_t>(problem.heads_k * problem.batch);
+  workspace.end = workspace.zeroed + (hopper ? on_256(key_heads * sizeof(int32_t)) : 0);
   return workspace;
 }
 

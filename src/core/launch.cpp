@@ -81,7 +81,8 @@ void launch(const anyflash_plan& plan, const Problem& problem, void* workspace, 
     else if (problem.op == ANYFLASH_FORWARD)
       launch_one(one, forward_params(problem, row), device, stream);
     else if (row.family == "sm90")
-      launch_one(one, hopper_backward_params(problem, row, workspace), device, stream);
+      launch_one(one, hopper_backward_params(problem, row, workspace, plan.device.multiprocessors),
+                 device, stream);
     else
       launch_one(one, backward_params(problem, row, workspace), device, stream);
   }

@@ -20,6 +20,12 @@ DEVICE int warp_index() { return __shfl_sync(0xffffffff, threadIdx.x / warp_size
 
 DEVICE float infinity() { return __int_as_float(0x7f800000); }
 
+/// x, which is not negative, has to be known here: an instruction that never runs asks for it.
+DEVICE void needed_if_negative(uint32_t x) {
+  asm volatile("{.reg .pred never; setp.lt.s32 never, %0, 0; @never nanosleep.u32 0;}" ::"r"(x)
+               : "memory");
+}
+
 /// x, but the compiler does not know: what is computed from it is computed again, instead of being
 /// kept in registers from an earlier use. No instruction.
 DEVICE uint32_t recomputed(uint32_t x) {

@@ -4,44 +4,77 @@
 
 #include "cuda/sm90/backward/consumer_by_columns.h"
 #include "cuda/sm90/backward/consumer_by_keys.h"
+#include "cuda/sm90/backward/consumer_of_columns.h"
+#include "cuda/sm90/backward/consumer_of_keys.h"
+#include "cuda/sm90/backward/consumer_of_queries.h"
+#include "cuda/sm90/backward/consumer_of_scores.h"
+#include "cuda/sm90/backward/zero_sums.h"
 
 namespace anyflash::sm90 {
+
+/// The warpgroup at `index` of those that share a block's keys, or columns.
+template <class Row>
+DEVICE void consume(const BackwardParams& p, char* shared_memory, int index) {
+  using F = Backward<Row>;
+  constexpr int first = F::q_columns, second = Row::d - F::q_columns;
+  if constexpr (F::by_keys && F::apart) {
+    ConsumerOfKeys<Row>(p, shared_memory, index).run();
+  } else if constexpr (F::by_keys) {
+    ConsumerByKeys<Row>(p, shared_memory, index).run();
+  } else if constexpr (F::apart) {
+    if (first == second || index == 0)
+      ConsumerOfColumns<Row, first>(p, shared_memory, index).run();
+    else
+      ConsumerOfColumns<Row, second>(p, shared_memory, index).run();
+  } else {
+    if (first == second || index == 0)
+      ConsumerByColumns<Row, first>(p, shared_memory, index).run();
+    else
+      ConsumerByColumns<Row, second>(p, shared_memory, index).run();
+  }
+}
+
+/// The warps that move data and hand out work.
+template <class Row>
+DEVICE void serve(const BackwardParams& p, char* shared_memory) {
+  using F = Backward<Row>;
+  const int warp = warp_index();
+  if (warp < F::consumers) {
+    if (p.turns && warp < F::adders) watch_turns<Row>(p, warp, shared_memory);
+    if (p.zeroed && warp == 0) zero_sums_ahead<Row>(p, shared_memory);
+  } else if (lane_index() == 0) {
+    if (warp == F::consumers)
+      Scheduler<Row>(p, shared_memory).run();
+    else
+      Loader<Row>(p, shared_memory).run();
+  }
+}
 
 /// Key blocks, one after the other.
 template <class Row>
 DEVICE void backward(const BackwardParams& p) {
   using F = Backward<Row>;
   extern __shared__ __align__(1024) char shared_memory[];
-  if (threadIdx.x == 0)
-    BackwardBarriers<Row>{shared_address(shared_memory) + F::at.barriers}.init(p.turns);
+  if (threadIdx.x == 0) {
+    const int watchers = p.turns ? F::adders : p.zeroed ? 1 : 0;
+    BackwardBarriers<Row>{shared_address(shared_memory) + F::at.barriers}.init(watchers);
+  }
   __syncthreads();
   wait_for_kernel_before();
   let_next_kernel_start();
   const int warpgroup = warpgroup_index();
   if (warpgroup == 0) {
     fewer_registers<24>();
-    const int warp = warp_index();
-    if (warp < F::consumers) {
-      if (p.turns) watch_turns<Row>(p, warp, shared_memory);
-    } else if (lane_index() == 0) {
-      if (warp == F::consumers)
-        Scheduler<Row>(p, shared_memory).run();
-      else
-        Loader<Row>(p, shared_memory).run();
-    }
-  } else {
-    more_registers<240>();
-    const int consumer = warpgroup - 1;
-    if constexpr (F::by_keys) {
-      ConsumerByKeys<Row>(p, shared_memory, consumer).run();
-    } else if constexpr (Row::d == 2 * F::q_columns) {
-      ConsumerByColumns<Row, F::q_columns>(p, shared_memory, consumer).run();
-    } else {
-      if (consumer == 0)
-        ConsumerByColumns<Row, F::q_columns>(p, shared_memory, 0).run();
-      else
-        ConsumerByColumns<Row, Row::d - F::q_columns>(p, shared_memory, 1).run();
-    }
+    serve<Row>(p, shared_memory);
+  } else if (warpgroup <= F::consumers) {
+    more_registers<F::consumer_registers>();
+    consume<Row>(p, shared_memory, warpgroup - 1);
+  } else if constexpr (F::apart) {
+    fewer_registers<F::apart_registers>();
+    if constexpr (F::by_keys)
+      ConsumerOfQueries<Row>(p, shared_memory).run();
+    else
+      ConsumerOfScores<Row>(p, shared_memory).run();
   }
 }
 

@@ -22,9 +22,10 @@ struct ForwardParams : anyflash::ForwardParams {
 /// tma_load_ragged.
 struct BackwardParams : anyflash::BackwardParams {
   TensorMap q_map, k_map, v_map, dout_map;
-  int32_t* tickets;    // workspace: key blocks handed out so far
-  uint32_t key_blocks; // over all key heads of all sequences
-  uint32_t padding_sm90;
+  int32_t* tickets;     // workspace: key blocks handed out so far
+  uint32_t key_blocks;  // over all key heads of all sequences
+  uint32_t heads_ahead; // key heads whose sums of dQ the kernel before zeroes, if not all
+  int32_t* zeroed;      // workspace: of each key head, parts of its sums that are 0; or null
 };
 
 static_assert(sizeof(TensorMap) == 128);

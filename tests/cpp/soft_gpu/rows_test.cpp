@@ -97,6 +97,10 @@ TEST_P(CaseList, MeetsTheRule) {
   EXPECT_EQ(violation(computed, expected(c, dtype)), "");
   ASSERT_NO_THROW(run(computed.backward_problem(), target));
   EXPECT_EQ(violation(computed, expected_gradients(c, dtype)), "");
+  Problem in_turns = computed.backward_problem();
+  in_turns.deterministic = true;
+  ASSERT_NO_THROW(run(in_turns, target));
+  EXPECT_EQ(violation(computed, expected_gradients(c, dtype)), "") << "deterministic";
 }
 
 std::string name_of_case(const testing::TestParamInfo<CaseList::ParamType>& info) {

@@ -52,19 +52,35 @@ protected:
   /// The first row of this warp among the block's keys.
   DEVICE int first_row() const { return (F::by_keys ? index_ * 64 : 0) + warp_index() % 4 * 16; }
 
-  /// The sums lie in the order of registers, so that a warp adds to neighbouring addresses.
+  /// Waits for this warpgroup's turn to add, where there are turns. True for the first of all: what
+  /// it would add to was never written.
+  DEVICE bool wait_for_turn(Ring<2> turn) const {
+    if (!p_.turns) return false;
+    mbarrier_wait(barriers_.turn(index_), turn.stage());
+    return ld_shared(barriers_.turn_of(index_)) == 0;
+  }
+  DEVICE void pass_turn_on() const {
+    if (p_.turns) named_barrier_arrive(first_turn_barrier + index_, warpgroup_size + warp_size);
+  }
+  /// dQ to the sums of its part of the queries; store: it is the first. They lie in the order of
+  /// registers, so that a warp adds to neighbouring addresses. first_tile: of the part's tiles of 8
+  /// columns.
   template <int width>
-  DEVICE void add_to_queries(const WarpgroupAccumulator<width>& dq, QRing q, Ring<2> turn) const {
-    if (p_.turns) mbarrier_wait(barriers_.turn(index_), turn.stage());
+  DEVICE void add_to_queries(const WarpgroupAccumulator<width>& dq, int64_t first_row, bool store,
+                             int part, int first_tile = 0) const {
     float* const sum =
-        query_sums<Row>(p_, step(q).first_row, index_, recomputed(threadIdx.x) % warpgroup_size);
+        query_sums<Row>(p_, first_row, part, recomputed(threadIdx.x) % warpgroup_size) +
+        first_tile * 4 * warpgroup_size;
     UNROLL
     for (int tile = 0; tile < width / 8; ++tile) {
-      if (tile < F::q_tiles(index_))
-        red_add_4(sum + tile * 4 * warpgroup_size,
-                  reinterpret_cast<const float(&)[4]>(dq.x[4 * tile]));
+      if (first_tile + tile >= F::q_tiles(part)) continue;
+      float* const four = sum + tile * 4 * warpgroup_size;
+      const float(&x)[4] = reinterpret_cast<const float(&)[4]>(dq.x[4 * tile]);
+      if (store)
+        *reinterpret_cast<float4*>(four) = {x[0], x[1], x[2], x[3]};
+      else
+        red_add_4(four, x);
     }
-    if (p_.turns) named_barrier_arrive(first_turn_barrier + index_, warpgroup_size + warp_size);
   }
 
   /// dK or dV of this block's keys, in columns from first_column on; offset: to the first key.

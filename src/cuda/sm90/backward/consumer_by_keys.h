@@ -1,22 +1,21 @@
-// Consumers of the sm90 backward that own 64 keys each: head dims up to 128.
+// Consumers of the sm90 backward that own 64 keys each, and a part of dQ.
 #pragma once
 
-#include "cuda/sm90/backward/consumer_base.h"
+#include "cuda/sm90/backward/products_by_keys.h"
 
 namespace anyflash::sm90 {
 
 /// A consumer warpgroup: dK and dV of its 64 keys of a block, and its part of dQ of the queries
-/// that see them. P^T and dS^T are operands straight from registers; for dQ the consumers share dS.
-/// Products run on while the next lines compute: each start_* puts one into a group of its own, and
-/// groups retire in order.
+/// that see them.
 template <class Row>
-class ConsumerByKeys : ConsumerBase<Row> {
-  using Base = ConsumerBase<Row>;
-  using Base::barriers_, Base::index_, Base::memory_, Base::p_, Base::shared_;
-  using Base::lse, Base::o_tile, Base::q_tile, Base::release, Base::step;
-  using typename Base::Cap, typename Base::F, typename Base::K, typename Base::O, typename Base::Q;
-  using typename Base::S, typename Base::Scores, typename Base::T, typename Base::V;
-  using Operand = WarpgroupOperand<T, Row::Br>; // P^T or dS^T
+class ConsumerByKeys : ProductsByKeys<Row> {
+  using Base = ProductsByKeys<Row>;
+  using Base::barriers_, Base::index_, Base::memory_, Base::p_;
+  using Base::dk_, Base::ds_, Base::dv_, Base::kv_, Base::o_, Base::q_;
+  using Base::ds_tile, Base::lse, Base::release, Base::share, Base::start_key_gradient;
+  using Base::start_probability_gradients, Base::start_scores, Base::start_value_gradient;
+  using typename Base::Cap, typename Base::F, typename Base::K, typename Base::Operand;
+  using typename Base::S, typename Base::Scores, typename Base::T;
   /// S of the next queries is started before this block's dQ, and dK comes last, to run under the
   /// next dP; where registers allow.
   static constexpr bool ahead = Row::ahead;
@@ -114,7 +113,9 @@ private:
     }
     keep(dq.x);
     if (!more) release(barriers_.k_empty(kv_.stage()));
-    this->add_to_queries(dq, q_, ds_);
+    const bool store = this->wait_for_turn(ds_);
+    this->add_to_queries(dq, this->step(q_).first_row, store, index_);
+    this->pass_turn_on();
     if (!more && early_store) this->store_value_gradient(dv_, work);
     if constexpr (!ahead) this->release_queries(q_.stage());
     if constexpr (ahead && more) {
@@ -127,42 +128,6 @@ private:
     ds_.advance();
   }
 
-  /// S^T = K Q^T.
-  DEVICE void start_scores(Scores& s, typename Base::QRing q) {
-    mbarrier_wait(barriers_.q_full(q.stage()), q.phase());
-    const uint64_t a = K::k_major(this->k_tile(kv_), index_ * 64);
-    const uint64_t b = Q::k_major(q_tile(q));
-    wgmma_fence();
-    UNROLL
-    for (int k = 0; k < Row::d / 16; ++k)
-      wgmma<T, Major::k, Major::k>(s.x, a + K::at_columns(k), b + Q::at_columns(k), k != 0);
-    wgmma_commit();
-  }
-
-  /// dP^T = V dO^T.
-  DEVICE void start_probability_gradients(Scores& dp) {
-    mbarrier_wait(barriers_.o_full(o_.stage()), o_.phase());
-    const uint64_t a = V::k_major(this->v_tile(kv_), index_ * 64);
-    const uint64_t b = O::k_major(o_tile(o_));
-    wgmma_fence();
-    UNROLL
-    for (int k = 0; k < Row::dv / 16; ++k)
-      wgmma<T, Major::k, Major::k>(dp.x, a + V::at_columns(k), b + O::at_columns(k), k != 0);
-    wgmma_commit();
-  }
-
-  /// dV += P^T dO.
-  DEVICE void start_value_gradient(Operand& p) {
-    const uint64_t b = O::mn_major(o_tile(o_));
-    keep(dv_.x);
-    keep(p.a);
-    wgmma_fence();
-    UNROLL
-    for (int k = 0; k < Row::Br / 16; ++k)
-      wgmma<T, Major::mn>(dv_.x, p.a + 4 * k, b + O::at_rows(k), true);
-    wgmma_commit();
-  }
-
   /// Once dO is read: with `pending` groups after dV's.
   template <int pending>
   DEVICE void wait_value_gradient(Operand& p) {
@@ -170,18 +135,6 @@ private:
     keep(dv_.x);
     keep(p.a);
     release(barriers_.o_empty(o_.stage()));
-  }
-
-  /// dK += dS^T Q.
-  DEVICE void start_key_gradient(Operand& ds) {
-    const uint64_t b = Q::mn_major(q_tile(q_));
-    keep(dk_.x);
-    keep(ds.a);
-    wgmma_fence();
-    UNROLL
-    for (int k = 0; k < Row::Br / 16; ++k)
-      wgmma<T, Major::mn>(dk_.x, ds.a + 4 * k, b + Q::at_rows(k), true);
-    wgmma_commit();
   }
 
   /// dQ = dS K over the keys of both consumers.
@@ -194,31 +147,6 @@ private:
       wgmma<T, Major::k, Major::mn>(dq.x, a + S::at_columns(k), b + K::at_rows(k), k != 0);
     wgmma_commit();
   }
-
-  /// dS of this consumer's keys for both consumers, as stored: [queries, keys].
-  DEVICE void share(const Operand& ds) {
-    using Tile = typename F::STile;
-    const int thread = recomputed(threadIdx.x);
-    const int row = thread % 8 + thread / 16 % 2 * 8;
-    const int chunk = thread / 32 % 4 * 2 + thread / 8 % 2;
-    const uint32_t address = ds_tile() + index_ * Tile::page_bytes + Tile::offset(row, chunk);
-    UNROLL
-    for (int k = 0; k < Row::Br / 16; ++k)
-      stmatrix_x4_trans(address + k * 16 * Tile::row_bytes, ds.a[4 * k], ds.a[4 * k + 1],
-                        ds.a[4 * k + 2], ds.a[4 * k + 3]);
-    fence_async_shared();
-    __syncwarp();
-    if (lane_index() == 0) mbarrier_arrive(barriers_.ds_full(ds_.stage()));
-  }
-
-  DEVICE uint32_t ds_tile() const { return shared_ + F::at.ds + ds_.stage() * F::STile::bytes; }
-
-  typename F::KeyGradient dk_;
-  typename F::ValueGradient dv_;
-  typename Base::QRing q_;
-  typename Base::ORing o_;
-  Ring<2> ds_; // also counts turns
-  Ring<Row::kv_stages> kv_;
 };
 
 } // namespace anyflash::sm90

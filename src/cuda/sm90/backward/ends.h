@@ -52,8 +52,9 @@ DEVICE void store_rows(const Fragment& x, float scale, uint16_t* matrix, int64_t
   }
 }
 
-/// Before the main kernel, one block of Br queries of one head: row_stats; dq_sum, turns and the
-/// counter of key blocks = 0.
+/// Before the main kernel, one block of Br queries of one head: row_stats; turns and counters = 0,
+/// and dq_sum, as far as the main kernel does not do it itself (zero_sums.h) or in turns stores
+/// first.
 template <class Row>
 DEVICE void backward_pre(const BackwardParams& p) {
   using T = typename Row::T;
@@ -62,13 +63,18 @@ DEVICE void backward_pre(const BackwardParams& p) {
   constexpr int lanes = Row::dv <= 64 ? 8 : Row::dv <= 128 ? 16 : 32;
   let_next_kernel_start();
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.tickets = 0;
+  if (p.zeroed && threadIdx.x == 0 && blockIdx.x < p.key_heads.divisor * p.batch)
+    p.zeroed[blockIdx.x] = 0;
   const QueryBlock<Row> block(p, blockIdx.x);
   if (block.outside()) return;
   const int64_t first_row = workspace_row<Row>(p, block.sequence, block.head) + block.first_query;
 
-  float4* const sum = reinterpret_cast<float4*>(p.dq_sum + first_row * Row::d) + threadIdx.x;
-  UNROLL
-  for (int i = 0; i < Row::Br * Row::d / 4 / threads; ++i) sum[i * threads] = {0, 0, 0, 0};
+  const uint32_t head_index = block.sequence * p.key_heads.divisor + divide(block.head, p.group);
+  if (!p.turns && (!p.zeroed || head_index < p.heads_ahead)) {
+    float4* const sum = reinterpret_cast<float4*>(p.dq_sum + first_row * Row::d) + threadIdx.x;
+    UNROLL
+    for (int i = 0; i < Row::Br * Row::d / 4 / threads; ++i) sum[i * threads] = {0, 0, 0, 0};
+  }
   if (p.turns && threadIdx.x < 2) p.turns[2 * (first_row / Row::Br) + threadIdx.x] = 0;
 
   const uint16_t* const o = static_cast<const uint16_t*>(p.o) + block.o_offset;
@@ -115,11 +121,13 @@ DEVICE void backward_post(const BackwardParams& p) {
   const float* const sum =
       query_sums<Row>(p, workspace_row<Row>(p, block.sequence, block.head) + block.first_query,
                       consumer, threadIdx.x % 128);
+  const bool never_stored = p.turns && block.keys(p).empty();
   Fragment dq;
   UNROLL
   for (int n = 0; n < Fragment::n; ++n) {
     float4 four = {0, 0, 0, 0};
-    if (n < F::q_tiles(consumer)) four = *reinterpret_cast<const float4*>(sum + n * 4 * 128);
+    if (n < F::q_tiles(consumer) && !never_stored)
+      four = *reinterpret_cast<const float4*>(sum + n * 4 * 128);
     dq.x[0][n][0] = four.x * p.scale;
     dq.x[0][n][1] = four.y * p.scale;
     dq.x[0][n][2] = four.z * p.scale;

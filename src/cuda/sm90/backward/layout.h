@@ -8,14 +8,26 @@
 
 namespace anyflash::sm90 {
 
-/// What follows from a row of the table. Warpgroup 0 loads, two others compute. Scores are
-/// transposed, [keys, queries]. Up to head dim 128 each consumer owns 64 of a block's 128 keys;
-/// above, both work on the same 64 keys, and each owns a part of the head dim.
+/// What follows from a row of the table. Warpgroup 0 loads, the others compute. Scores are
+/// transposed, [keys, queries]. Up to head dim 128 each of two consumers owns 64 of a block's 128
+/// keys; above, both work on the same 64 keys, and each owns a part of the head dim. Where there is
+/// a third warpgroup, it does apart from them what both would have to wait for: dQ up to head dim
+/// 128, P and dS above.
 template <class Row>
 struct Backward {
   static constexpr bool general = Row::general;
   static constexpr bool by_keys = Row::Bc == 128;
+  static constexpr bool apart = Row::warps == 16;
+  static constexpr bool dq_apart = apart && by_keys, scores_apart = apart && !by_keys;
+  /// Where there are registers for it: shared memory is what limits the speed.
+  static constexpr bool v_in_registers = dq_apart && Row::dv <= 96;
   static constexpr int consumers = 2;
+  static constexpr int adders = dq_apart ? 1 : consumers; // warpgroups with a part of dQ
+  static constexpr int readers = apart ? 3 : consumers;   // warpgroups that follow Work
+  /// Registers of a thread; 24 for those that load. In all, 512 times 128 threads.
+  static constexpr int consumer_registers = !apart ? 240 : by_keys ? 208 : 192;
+  static constexpr int apart_registers = by_keys ? 72 : 104;
+  static_assert(!apart || 24 + 2 * consumer_registers + apart_registers == 512);
   static_assert(by_keys ? Row::d <= 128 : Row::Bc == 64 && Row::Br == 64 && Row::d == Row::dv);
 
   using QTile = SharedTile<Row::Br, Row::d>;
@@ -25,7 +37,7 @@ struct Backward {
   using STile = SharedTile<Row::Br, Row::Bc>;     // dS; by_keys: a page of it is a consumer's
   static constexpr int stats_bytes = Row::Br * 8; // L of the queries, then their delta
 
-  using Scores = WarpgroupAccumulator<by_keys ? Row::Br : Row::Br / 2>; // S^T, dP^T
+  using Scores = WarpgroupAccumulator<by_keys || apart ? Row::Br : Row::Br / 2>; // S^T, dP^T
   using KeyGradient = WarpgroupAccumulator<Row::d>;
   using ValueGradient = WarpgroupAccumulator<Row::dv>;
 
@@ -104,7 +116,6 @@ static_assert(sizeof(Step) <= backward_step_bytes);
 /// The barriers of a thread block: "full" is for those who read, "empty" for who fills anew.
 template <class Row>
 struct BackwardBarriers {
-  static constexpr int consumers = Backward<Row>::consumers;
   uint32_t begin;
 
   DEVICE uint32_t work_full(int slot) const { return begin + 8 * slot; }
@@ -112,7 +123,10 @@ struct BackwardBarriers {
   DEVICE uint32_t ds_full(int stage) const { return begin + 32 + 8 * stage; }
   DEVICE uint32_t turn(int consumer) const { return begin + 48 + 8 * consumer; }
   DEVICE uint32_t work_wanted() const { return begin + 64; }
-  DEVICE uint32_t q_full(int stage) const { return begin + 72 + 8 * stage; }
+  DEVICE uint32_t ds_empty(int stage) const { return begin + 72 + 8 * stage; }       // dQ apart
+  DEVICE uint32_t p_full(int stage) const { return begin + 88 + 8 * stage; }         // scores apart
+  DEVICE uint32_t turn_of(int consumer) const { return begin + 104 + 4 * consumer; } // an int
+  DEVICE uint32_t q_full(int stage) const { return begin + 112 + 8 * stage; }
   DEVICE uint32_t q_empty(int stage) const { return q_full(Row::q_stages + stage); }
   DEVICE uint32_t o_full(int stage) const { return q_full(2 * Row::q_stages + stage); }
   DEVICE uint32_t o_empty(int stage) const { return o_full(Row::o_stages + stage); }
@@ -121,24 +135,29 @@ struct BackwardBarriers {
   DEVICE uint32_t v_full(int stage) const { return k_full(2 * Row::kv_stages + stage); }
   DEVICE uint32_t v_empty(int stage) const { return k_full(3 * Row::kv_stages + stage); }
 
-  /// By one thread. in_turns: the warps that watch over the order of dQ read Work too.
-  DEVICE void init(bool in_turns) const {
+  /// By one thread. watchers: warps that read Work besides those that load and compute.
+  DEVICE void init(int watchers) const {
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(work_full(i), 1);
-      mbarrier_init(work_empty(i), 1 + (in_turns ? 5 : 4) * consumers);
-      mbarrier_init(ds_full(i), 4 * consumers);
+      mbarrier_init(work_empty(i), 1 + 4 * F::readers + watchers);
+      mbarrier_init(ds_full(i), F::scores_apart ? 4 : 4 * F::consumers);
       mbarrier_init(turn(i), 1);
+      mbarrier_init(ds_empty(i), 1);
+      mbarrier_init(p_full(i), 4);
     }
     mbarrier_init(work_wanted(), 1);
-    init<Row::q_stages>(q_full(0), 4 * consumers);
-    init<Row::o_stages>(o_full(0), consumers);
-    init<Row::kv_stages>(k_full(0), consumers);
-    init<Row::kv_stages>(v_full(0), consumers);
+    init<Row::q_stages>(q_full(0), 4 * F::consumers);
+    init<Row::o_stages>(o_full(0), F::scores_apart ? 3 : F::consumers);
+    init<Row::kv_stages>(k_full(0), F::adders);
+    init<Row::kv_stages>(v_full(0), F::scores_apart ? 1 : F::consumers);
     fence_barrier_init();
   }
 
 private:
-  /// The "full" barriers of a ring, filled by one thread, and then its "empty" ones.
+  using F = Backward<Row>;
+
+  /// The "full" barriers of a ring, filled by one thread, and then its "empty" ones, for which
+  /// `readers` warpgroups arrive.
   template <int stages>
   DEVICE static void init(uint32_t ring, int readers) {
     for (int stage = 0; stage < stages; ++stage) {

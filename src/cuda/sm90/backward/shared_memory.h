@@ -30,7 +30,7 @@ constexpr BackwardShared backward_shared(int d, int dv, int Br, int Bc, int kv_s
   at.work = at.stats + q_stages * Br * 8;
   at.steps = at.work + 2 * backward_work_bytes;
   at.barriers = at.steps + q_stages * backward_step_bytes;
-  at.end = at.barriers + 72 + 16 * (2 * kv_stages + q_stages + o_stages);
+  at.end = at.barriers + 112 + 16 * (2 * kv_stages + q_stages + o_stages);
   return at;
 }
 

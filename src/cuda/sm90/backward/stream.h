@@ -66,8 +66,8 @@ struct QueryCursor {
 
 /// The thread that decides which block of keys comes next. They are handed out by a counter in
 /// global memory, in their order, and as late as the loader can do with: who holds work early makes
-/// others wait at the end. The first of a thread block is its own index, unless blocks wait for
-/// each other: one that is not running yet must hold nothing.
+/// others wait at the end. Blocks wait for parts of dQ, of those before in this order, which
+/// therefore run.
 template <class Row>
 class Scheduler {
   using F = Backward<Row>;
@@ -78,19 +78,21 @@ public:
         barriers_{shared_address(shared_memory) + F::at.barriers} {}
 
   DEVICE void run() {
-    const uint32_t taken = p_.turns ? 0 : gridDim.x; // before the counter begins
-    uint32_t ticket = p_.turns ? next_ticket() : blockIdx.x;
+    uint32_t ticket = next_ticket();
     ROLLED
     while (true) {
       mbarrier_wait(barriers_.work_empty(at_.stage()), at_.phase() ^ 1);
       slot().ticket = ticket;
       const bool over = ticket >= p_.key_blocks;
-      if (!over) describe(ticket);
+      if (!over) {
+        describe(ticket);
+        wait_for_zeros(ticket);
+      }
       mbarrier_arrive(barriers_.work_full(at_.stage()));
       if (over) return;
       mbarrier_wait(barriers_.work_wanted(), at_.count & 1);
       at_.advance();
-      ticket = taken + next_ticket();
+      ticket = next_ticket();
     }
   }
 
@@ -98,6 +100,17 @@ private:
   DEVICE uint32_t next_ticket() const { return atomicAdd(p_.tickets, 1); }
   DEVICE volatile Work& slot() const {
     return *reinterpret_cast<volatile Work*>(work_ + at_.stage() * backward_work_bytes);
+  }
+
+  /// The parts of this head's sums belong to tickets before this one, of a head heads_ahead before.
+  DEVICE void wait_for_zeros(uint32_t ticket) const {
+    if (!p_.zeroed) return;
+    const uint32_t head_index = divide(ticket, p_.key_section_blocks);
+    if (head_index < p_.heads_ahead) return;
+    const int parts = p_.key_section_blocks.divisor;
+    while (load_relaxed(p_.zeroed + head_index) != parts) {
+    }
+    __threadfence();
   }
 
   DEVICE void describe(uint32_t ticket) const {
@@ -243,9 +256,10 @@ private:
 };
 
 /// Key blocks add to the dQ of a query block in the order of their index, so that dQ is the same
-/// from run to run. One warp for each consumer waits for the turn before the consumer needs it, and
-/// passes it on when the consumer has added its part. Blocks of lower index are handed out before
-/// those of higher, so that nobody waits for a block that cannot run.
+/// from run to run; the first does not add but store. One warp for each consumer waits for the turn
+/// before the consumer needs it, and passes it on when the consumer has added its part. Blocks of
+/// lower index are handed out before those of higher, so that nobody waits for a block that cannot
+/// run.
 template <class Row>
 DEVICE void watch_turns(const BackwardParams& p, int consumer, const char* shared_memory) {
   using F = Backward<Row>;
@@ -267,6 +281,7 @@ DEVICE void watch_turns(const BackwardParams& p, int consumer, const char* share
         while (load_relaxed(turn) != mine) {
         }
         __threadfence();
+        st_shared(barriers.turn_of(consumer), mine);
         mbarrier_arrive(barriers.turn(consumer));
       }
       __syncwarp();

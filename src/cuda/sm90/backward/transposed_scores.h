@@ -98,4 +98,31 @@ DEVICE void round_gradients(WarpgroupOperand<T, Scores::width>& ds, Scores& p, c
   }
 }
 
+/// All of these are computed here, and not behind the next wait, whose time they are there to fill.
+/// p: probabilities, whose signs are +.
+template <class Scores>
+DEVICE void compute_here(const Scores& p) {
+  uint32_t signs = 0;
+  UNROLL
+  for (int i = 0; i < Scores::size; ++i) signs |= __float_as_uint(p.x[i]);
+  needed_if_negative(signs);
+}
+
+/// The same from P as it was rounded for dV, where there are no registers to keep more of it.
+template <class T, class Scores>
+DEVICE void round_gradients(WarpgroupOperand<T, Scores::width>& ds,
+                            const WarpgroupOperand<T, Scores::width>& p, const Scores& dp,
+                            const float* delta) {
+  UNROLL
+  for (int c = 0; c < Scores::columns; c += 2) {
+    const float2 d = *reinterpret_cast<const float2*>(delta + Scores::column_offset(c));
+    UNROLL
+    for (int r = 0; r < Scores::rows; ++r) {
+      const int i = c + r;
+      const float2 pair = unpack<T>(p.a[i]);
+      ds.a[i] = pack<T>(pair.x * (dp.x[2 * i] - d.x), pair.y * (dp.x[2 * i + 1] - d.y));
+    }
+  }
+}
+
 } // namespace anyflash::sm90

@@ -49,6 +49,7 @@ std::common_type_t<A, B> max(A a, B b) {
 
 inline float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
 inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); }
+inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
 inline float __log2f(float x) { return std::log2(x); }
 
 inline void __syncthreads() { soft_gpu::block_barrier(0, 0, true); }
@@ -127,6 +128,7 @@ constexpr int warp_size = 32;
 inline int lane_index() { return static_cast<int>(threadIdx.x % warp_size); }
 inline int warp_index() { return static_cast<int>(threadIdx.x / warp_size); }
 inline float infinity() { return HUGE_VALF; }
+inline void needed_if_negative(uint32_t) {}
 inline uint32_t recomputed(uint32_t x) { return x; }
 inline int64_t recomputed_64(int64_t x) { return x; }
 

@@ -1,0 +1,71 @@
+// The warpgroup of the sm90 backward that computes P and dS and nothing else: head dims above 128.
+#pragma once
+
+#include "cuda/sm90/backward/products_by_columns.h"
+
+namespace anyflash::sm90 {
+
+/// P and dS of a block's 64 keys and of one block of queries after the other, for the consumers
+/// that own columns. A block ahead of them, at most: it is Q's second stage that it waits for.
+template <class Row>
+class ConsumerOfScores : ProductsByColumns<Row> {
+  using Base = ProductsByColumns<Row>;
+  using Base::announce, Base::ds_tile, Base::lse, Base::p_tile, Base::release, Base::store;
+  using Base::barriers_, Base::kv_, Base::memory_, Base::o_, Base::p_, Base::q_;
+  using Base::shared_stage_;
+  using Base::start_probability_gradients, Base::start_scores;
+  using typename Base::Cap, typename Base::F, typename Base::Operand, typename Base::Scores;
+  static_assert(!F::general);
+
+public:
+  DEVICE ConsumerOfScores(const BackwardParams& p, char* shared_memory)
+      : Base(p, shared_memory, 0) {}
+
+  DEVICE void run() {
+    WorkReader<Row> reader(memory_);
+    ROLLED
+    while (true) {
+      const volatile Work& work = reader.wait();
+      if (work.ticket >= p_.key_blocks) return;
+      if (work.steps) go_through_queries(work);
+      reader.next();
+    }
+  }
+
+private:
+  DEVICE void go_through_queries(const volatile Work& work) {
+    mbarrier_wait(barriers_.k_full(kv_.stage()), kv_.phase());
+    mbarrier_wait(barriers_.v_full(kv_.stage()), kv_.phase());
+    ROLLED
+    for (int left = work.steps; left > 0; --left) one_step(work, left == 1);
+    kv_.advance();
+  }
+
+  /// One block of queries. P leaves as soon as it is there, so that dV runs while dP is awaited.
+  DEVICE void one_step(const volatile Work& work, bool last) {
+    Scores s, dp;
+    start_scores(s, q_);
+    start_probability_gradients(dp, o_);
+    wgmma_wait<1>();
+    keep(s.x);
+    Cap cap;
+    this->prepare(s, cap, work, q_);
+    probabilities(s, lse(q_), p_.factor);
+    Operand p, ds;
+    p.round(s);
+    store(p, p_tile(shared_stage_));
+    announce(barriers_.p_full(shared_stage_.stage()));
+    wgmma_wait<0>();
+    keep(dp.x);
+    release(barriers_.o_empty(o_.stage()));
+    if (last) release(barriers_.v_empty(kv_.stage()));
+    round_gradients(ds, s, dp, cap, lse(q_) + Row::Br, p_);
+    store(ds, ds_tile(shared_stage_));
+    announce(barriers_.ds_full(shared_stage_.stage()));
+    q_.advance();
+    o_.advance();
+    shared_stage_.advance();
+  }
+};
+
+} // namespace anyflash::sm90
