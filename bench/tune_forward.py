@@ -25,8 +25,9 @@ from typing import Any
 import cupy
 import numpy as np
 import torch
-from gpu_forward import flash_attention_2, measure, tensors
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from gpu_bench import measure
+from gpu_peers import fa2
+from gpu_problem import dense
 
 UNBOUNDED = 1 << 30
 CANDIDATES = {
@@ -174,17 +175,17 @@ def main() -> int:
     stream = cupy.cuda.Stream.from_external(torch.cuda.current_stream())
     for causal in (False, True):
         for seqlen in arguments.lengths:
-            q, k, v = tensors(seqlen, arguments.d)
-            o = torch.empty_like(q)
-            fa2 = flash_attention_2(q, k, v, causal)
-            with stream, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                runs = {c.text: c.bind(q, k, v, o, causal) for c in candidates}
+            p = dense(seqlen, arguments.d, causal)
+            o = torch.empty_like(p.q)
+            peer = fa2(p)
+            with stream:
+                runs = {c.text: c.bind(p.q, p.k, p.v, o, causal) for c in candidates}
                 for text, run in runs.items():
                     o.fill_(math.nan)
                     run()
-                    if not torch.allclose(o, fa2().transpose(1, 2), atol=0.02, rtol=0.02):
+                    if not torch.allclose(o, peer(), atol=0.02, rtol=0.02):
                         raise SystemExit(f"{text} is wrong at length {seqlen}, causal {causal}")
-                times = measure({**runs, "fa2": fa2}, arguments.seconds)
+                times = measure({**runs, "fa2": peer}, arguments.seconds)
             for text in runs:
                 ratios[text]["causal" if causal else "full"].append(times["fa2"] / times[text])
     lines = []

@@ -54,8 +54,12 @@ TESTS = {
 TORCH_TESTS = ["test_torch_*.py", "test_sdpa.py"]
 BENCHES = {
     "fwd": ["bench/gpu_forward.py", "--grid", "--host", "--options"],
-    "bwd": ["bench/gpu_backward.py", "--grid", "--options"],
+    "bwd": ["bench/gpu_backward.py", "--grid", "--options", "--deterministic"],
 }
+# What the newest kernels are measured by besides; FlashAttention-4 is a peer of theirs alone, since
+# it compiles for a minute or more in each run.
+NEWEST_FAMILY, NEWEST_PARTS = "sm90", ["--extra", "--cycles"]
+OLDER_PEERS = ["--peers", "cudnn,fa2"]
 
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
@@ -289,10 +293,8 @@ class Check:
         if self._no_time(what):
             return
         cells = self.work / f"{what.replace(' ', '_')}.jsonl"
-        script, *parts = BENCHES[section["op"]]
-        parts = parts if self.arguments.bench == "all" else ["--grid"]
-        command = [sys.executable, script, *parts, "--out", str(cells)]
-        command += ["--seconds", str(self.arguments.bench_seconds)]
+        command = bench_command(section, every=self.arguments.bench == "all")
+        command += ["--out", str(cells), "--seconds", str(self.arguments.bench_seconds)]
         output = run(command, environment, self.log(what), self.clock.left())
         section["bench"] = read_cells(cells)
         self.say(f"{what}: {len(section['bench'])} cells")
@@ -323,6 +325,14 @@ class Check:
             print("!", remark)
         for section in self.sections:
             print("\n".join(gpu_record.summary(section)))
+
+
+def bench_command(section: gpu_record.Section, every: bool) -> list[str]:
+    """The benchmark of a section with every part that it has, or the grid alone."""
+    script, *parts = BENCHES[section["op"]]
+    newest = section["family"] == NEWEST_FAMILY
+    parts = [*parts, *(NEWEST_PARTS if newest else ())] if every else ["--grid"]
+    return [sys.executable, script, *parts, *(() if newest else OLDER_PEERS)]
 
 
 def label(section: gpu_record.Section) -> str:
@@ -407,7 +417,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sanitizers", type=words, default=[], help='"all", or some, by comma')
     parser.add_argument("--sanitizer-limit", type=float, default=150, help="seconds of one tool")
     parser.add_argument("--explained", default="", help="tool=N,...: reports that are understood")
-    parser.add_argument("--bench", choices=("all", "grid"), help="all: also options, host time")
+    parser.add_argument("--bench", choices=("all", "grid"), help="all: more than the grid")
     parser.add_argument("--bench-seconds", type=float, default=0.4, help="of one cell")
     parser.add_argument("--sections", type=words, help="op/family/image,...; default: all")
     parser.add_argument("--jobs", type=int, default=8, help="tests and sanitizers at a time")

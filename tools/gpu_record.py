@@ -34,7 +34,10 @@ EXPECTED_IMAGES = {"sm80": ("sm_90", "compute_80 PTX"), "sm90": ("sm_90a",)}
 TESTS = ("tests", "torch_tests")
 
 # What identifies a measured cell; the rest of it is the measurement.
-MEASUREMENT = ("ours", "peers", "unit")
+MEASUREMENT = ("ours", "peers", "unit", "clock")
+
+# Those that a cell is compared with, the one that says most first.
+PEERS = ("cudnn", "fa4", "fa2")
 
 
 def read(path: Path = RECORD) -> Record:
@@ -197,7 +200,7 @@ def summary(section: Section) -> list[str]:
 
 
 def _speed_table(cells: list[dict[str, Any]]) -> list[str]:
-    """A line for each (d, causal, options): our speed at each length, beside that of the peer."""
+    """A line for each (d, causal, options): our speed at each length, beside the first peer's."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for cell in sorted(cells, key=lambda cell: (_is_option(cell), cell["d"], cell["causal"])):
         groups.setdefault(_name_of(cell), []).append(cell)
@@ -207,24 +210,43 @@ def _speed_table(cells: list[dict[str, Any]]) -> list[str]:
         lengths = "/".join(_short(cell["seqlen"]) for cell in group)
         speeds = "  ".join(_beside_peer(cell) for cell in group)
         lines.append(f"  {name:36} {group[0]['unit']} at {lengths}: {speeds}")
-    ratios = [_ratio(cell) for cell in cells if not _is_option(cell) and cell["peers"].get("fa2")]
-    if ratios:
-        lines.append(
-            f"  over FA2: geomean {geomean(ratios):.3f}x, worst {min(ratios):.3f}x "
-            f"of {len(ratios)} cells"
-        )
-    return lines
+    return lines + [line for peer in PEERS for line in _over(peer, cells)]
+
+
+def _over(peer: str, cells: list[dict[str, Any]]) -> list[str]:
+    """How we compare with a peer over the grid: all in all, and for each d and mask."""
+    groups: dict[str, list[float]] = {}
+    for cell in cells:
+        if not _is_option(cell) and cell["peers"].get(peer):
+            name = f"d{cell['d']} {'causal' if cell['causal'] else 'full'}"
+            groups.setdefault(name, []).append(_ratio(cell, peer))
+    ratios = [ratio for group in groups.values() for ratio in group]
+    if not ratios:
+        return []
+    parts = ", ".join(f"{name} {geomean(group):.3f}x" for name, group in groups.items())
+    return [
+        f"  over {peer}: geomean {geomean(ratios):.3f}x, worst {min(ratios):.3f}x "
+        f"of {len(ratios)} cells; {parts}"
+    ]
 
 
 def _is_option(cell: dict[str, Any]) -> bool:
     """True for a cell that is not of the plain grid."""
-    return bool(cell["options"]) or cell["layout"] != "dense" or cell["heads"] != cell["heads_k"]
+    return "part" in cell or "plain" in cell["peers"] or not _is_simple(cell)
+
+
+def _is_simple(cell: dict[str, Any]) -> bool:
+    dense = cell["layout"] == "dense" and cell["heads"] == cell["heads_k"]
+    return dense and not cell["options"]
 
 
 def _name_of(cell: dict[str, Any]) -> str:
-    parts = [f"d{cell['d']}", "causal" if cell["causal"] else "full", cell["dtype"]]
+    d, dv, heads, heads_k = (cell[name] for name in ("d", "dv", "heads", "heads_k"))
+    parts = [f"d{d}" if d == dv else f"d{d}/{dv}", "causal" if cell["causal"] else "full"]
+    parts += [cell["dtype"], cell["part"]] if "part" in cell else [cell["dtype"]]
     parts += [cell["layout"]] if cell["layout"] != "dense" else []
-    parts += ["GQA"] if cell["heads"] != cell["heads_k"] else []
+    parts += [f"GQA {heads}/{heads_k}"] if heads != heads_k else []
+    parts += ["deterministic"] if _is_simple(cell) and "plain" in cell["peers"] else []
     parts += [f"{name}={value}" for name, value in sorted(cell["options"].items())]
     return " ".join(parts)
 
@@ -234,15 +256,14 @@ def _beside_peer(cell: dict[str, Any]) -> str:
     ours, peers = cell["ours"], cell["peers"]
     if peers.get("plain") and ours:
         return f"{ours:.4g} (price {peers['plain'] / ours - 1:+.1%})"
-    if peers.get("fa2") and ours:
-        return f"{ours:.4g} ({_ratio(cell):.2f}x)"
-    return f"{ours:.4g}"
+    found = [peer for peer in (*PEERS, "dense") if peers.get(peer) and ours]
+    return " ".join([f"{ours:.4g}", *(f"({_ratio(cell, peer):.2f}x {peer})" for peer in found)])
 
 
-def _ratio(cell: dict[str, Any]) -> float:
-    """How much faster we are than FA2; a unit of time is better when small."""
-    ours, peer = float(cell["ours"]), float(cell["peers"]["fa2"])
-    return ours / peer if cell["unit"].endswith("FLOP/s") else peer / ours
+def _ratio(cell: dict[str, Any], peer: str) -> float:
+    """How much faster we are than a peer; a unit of time is better when small."""
+    ours, theirs = float(cell["ours"]), float(cell["peers"][peer])
+    return ours / theirs if cell["unit"].endswith("FLOP/s") else theirs / ours
 
 
 def _short(seqlen: int) -> str:

@@ -7,7 +7,8 @@ A table stands between <!-- table:NAME --> and <!-- /table:NAME -->:
   gpu, gpu-backward, options   from tests/device/record.json, which tools/gpu_check.py writes:
                 native images
   gpu-images, options-images   the same of the other images
-  gpu-cudnn     the native images beside cuDNN
+  gpu-peers, gpu-extra, gpu-cycles, gpu-backward-...   of Hopper's own kernels: the grid beside
+                every peer, other problems, cycles
   cpu, cpu-backward   from bench/cpu_forward.json and bench/cpu_backward.json, which the
                 benchmarks of these names write
   train         from docs/train_gpt_*.json, which examples/train_gpt.py writes
@@ -18,81 +19,27 @@ Without its file a table says that nothing was measured yet.
 from __future__ import annotations
 
 import json
-import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+
+from gpu_tables import (
+    NOT_YET,
+    Cell,
+    cycles_table,
+    extra_table,
+    gpu_table,
+    grid,
+    markdown,
+    option_table,
+    peers_table,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
-RECORD = Path("tests/device/record.json")
 CPU = {"forward": Path("bench/cpu_forward.json"), "backward": Path("bench/cpu_backward.json")}
 TRAIN = {"CPU": Path("docs/train_gpt_cpu.json"), "GPU": Path("docs/train_gpt_gpu.json")}
 AGREEMENT = Path("bench/transformers_agreement.json")
-NOT_YET = "Not measured yet."
-IMAGES = {
-    "compute_80 PTX": "PTX of compute_80, compiled by the driver",
-    "rows of sm_86": "the rows for 8.6, compiled for this GPU",
-}
-
-Cell = dict[str, Any]
-
-
-PEERS = {"fa2": "torch's FlashAttention-2", "cudnn": "cuDNN through torch"}
-
-
-def gpu_table(
-    root: Path, native: bool = True, peer: str = "fa2", op: str = "forward", family: str = ""
-) -> str:
-    """Speed over the grid, by image: ours, and how many times that of a peer."""
-    parts = []
-    for section in sections(root, native, op):
-        if family not in ("", section["family"]):
-            continue
-        cells = [
-            cell for cell in section.get("bench", []) if is_plain(cell) and peer in cell["peers"]
-        ]
-        if not cells:
-            continue
-        ratios = [cell["ours"] / cell["peers"][peer] for cell in cells]
-        image = IMAGES.get(section["image"], f"image {section['image']}")
-        parts.append(
-            f"{section['gpu']}, {image}, driver {section['driver']}, {section['date']}: {op}, "
-            f"{cells[0]['dtype']}, {cells[0]['unit']} (in brackets: times the speed of "
-            f"{PEERS[peer]} in the same run; geometric mean {geometric_mean(ratios):.2f})\n\n"
-            + grid(cells, lambda c: c["ours"], lambda c: c["ours"] / c["peers"][peer])
-        )
-    return "\n\n".join(parts) or NOT_YET
-
-
-def option_table(root: Path, native: bool = True) -> str:
-    """What each option costs over the same work without it."""
-    parts = []
-    for section in sections(root, native):
-        cells = [cell for cell in section.get("bench", []) if "plain" in cell.get("peers", {})]
-        if not cells:
-            continue
-        names = list(dict.fromkeys(option_name(cell) for cell in cells))
-        shapes = sorted({(cell["d"], cell["causal"]) for cell in cells})
-        heads = ["", *(f"d {d}, {mask(causal)}" for d, causal in shapes)]
-        lines = []
-        for name in names:
-            cost = {
-                (
-                    cell["d"],
-                    cell["causal"],
-                ): f"{100 * (cell['peers']['plain'] / cell['ours'] - 1):+.1f} %"
-                for cell in cells
-                if option_name(cell) == name
-            }
-            lines.append([name, *(cost.get(shape, "") for shape in shapes)])
-        image = IMAGES.get(section["image"], f"image {section['image']}")
-        parts.append(
-            f"{section['gpu']}, {image}, {cells[0]['seqlen']} tokens: time that an option adds to "
-            f"the plain kernel\n\n{markdown(heads, lines)}"
-        )
-    return "\n\n".join(parts) or NOT_YET
 
 
 def cpu_table(root: Path, op: str = "forward") -> str:
@@ -183,63 +130,18 @@ IMAGE_TABLES: Tables = {
 PAGES: dict[str, Tables] = {
     "README.md": TABLES,
     "docs/kernels/sm80_forward.md": IMAGE_TABLES,
-    "docs/kernels/sm90_forward.md": {"gpu-cudnn": partial(gpu_table, peer="cudnn", family="sm90")},
+    "docs/kernels/sm90_forward.md": {
+        "gpu-peers": peers_table,
+        "gpu-extra": extra_table,
+        "gpu-cycles": cycles_table,
+    },
     "docs/kernels/sm90_backward.md": {
-        "gpu-backward-cudnn": partial(gpu_table, peer="cudnn", op="backward", family="sm90")
+        "gpu-backward-peers": partial(peers_table, op="backward"),
+        "gpu-backward-extra": partial(extra_table, op="backward"),
+        "gpu-backward-cycles": partial(cycles_table, op="backward"),
     },
     "docs/transformers.md": {"agreement": agreement_table},
 }
-
-
-def sections(root: Path, native: bool, op: str = "forward") -> list[dict[str, Any]]:
-    """The record's sections of an operation: those of native images, or the others."""
-    path = root / RECORD
-    found = json.loads(path.read_text())["sections"] if path.is_file() else []
-    name = {"forward": "fwd", "backward": "bwd"}[op]
-    return [s for s in found if s["op"] == name and s["image"].startswith("sm_") == native]
-
-
-def is_plain(cell: Cell) -> bool:
-    return not cell["options"] and cell["layout"] == "dense" and cell["heads"] == cell["heads_k"]
-
-
-def option_name(cell: Cell) -> str:
-    if cell["options"]:
-        return ", ".join(sorted(cell["options"]))
-    return "packed sequences" if cell["layout"] == "packed" else "GQA, 4 query heads a key head"
-
-
-def grid(
-    cells: Iterable[Cell], speed: Callable[[Cell], float], ratio: Callable[[Cell], float]
-) -> str:
-    """A line for each dtype, head dim and mask, a column for each sequence length."""
-    table: dict[tuple[Any, ...], dict[int, str]] = {}
-    for cell in cells:
-        line = table.setdefault((cell["dtype"], cell["d"], cell["causal"]), {})
-        line[cell["seqlen"]] = f"{speed(cell):.0f} ({ratio(cell):.2f}x)"
-    seqlens = sorted({seqlen for line in table.values() for seqlen in line})
-    heads = ["dtype", "d", "mask", *(length(seqlen) for seqlen in seqlens)]
-    lines = [
-        [dtype, str(d), mask(causal), *(line.get(seqlen, "") for seqlen in seqlens)]
-        for (dtype, d, causal), line in table.items()
-    ]
-    return markdown(heads, lines)
-
-
-def markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in [heads, ["---"] * len(heads), *lines])
-
-
-def mask(causal: bool) -> str:
-    return "causal" if causal else "full"
-
-
-def length(seqlen: int) -> str:
-    return f"{seqlen // 1024}k" if seqlen % 1024 == 0 else str(seqlen)
-
-
-def geometric_mean(ratios: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
 def updated(text: str, root: Path, tables: Tables = TABLES) -> str:

@@ -142,6 +142,19 @@ def test_the_tests_of_torch_run_on_the_gpu(tmp_path, monkeypatch):
     assert check.remarks == ["FAILED tests/a.py::test_y - assert 0"]
 
 
+def test_benchmarks_of_a_section():
+    newest, older = ({"op": "bwd", "family": family} for family in ("sm90", "sm80"))
+    parts = gpu_check.bench_command(newest, every=True)[1:]
+    script = "bench/gpu_backward.py"
+    grid = ["--grid", "--options", "--deterministic"]
+    assert parts == [script, *grid, "--extra", "--cycles"]
+    assert gpu_check.bench_command(newest, every=False)[1:] == [script, "--grid"]
+    without_fa4 = ["--peers", "cudnn,fa2"]
+    assert gpu_check.bench_command(older, every=True)[1:] == [script, *grid, *without_fa4]
+    for command, _ in ((script, newest), ("bench/gpu_forward.py", older)):
+        assert (gpu_record.ROOT / command).is_file()
+
+
 def section(hash_):
     return {
         "op": "fwd",

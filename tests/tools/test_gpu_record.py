@@ -229,8 +229,23 @@ def test_summary_names_the_worst_cell(root):
     cells = [cell(512, 2.0), cell(1024, 0.5), cell(512, 3.0, causal=True)]
     text = "\n".join(summary(section(root, bench=cells)))
     assert "3 passed, 0 failed, 1 skipped" in text
-    assert "512/1k: 2 (2.00x)  0.5 (0.50x)" in text
-    assert "geomean 1.442x, worst 0.500x of 3 cells" in text
+    assert "512/1k: 2 (2.00x fa2)  0.5 (0.50x fa2)" in text
+    assert "over fa2: geomean 1.442x, worst 0.500x of 3 cells; d64 full 1.000x, d64 causal" in text
+
+
+def test_summary_of_every_peer_and_of_other_problems(root):
+    cells = [
+        cell(512, 2.0, peers={"fa2": 1.0, "cudnn": 4.0, "fa4": 2.0}),
+        cell(512, 2.0, peers={"plain": 4.0}),
+        cell(512, 8.0, part="extra", dv=32, heads_k=8, peers={"cudnn": 1.0, "dense": 16.0}),
+    ]
+    text = "\n".join(summary(section(root, bench=cells)))
+    assert "2 (0.50x cudnn) (1.00x fa4) (2.00x fa2)" in text
+    assert "d64 full bf16 deterministic" in text
+    assert "d64/32 full bf16 extra GQA 32/8" in text
+    assert "8 (8.00x cudnn) (0.50x dense)" in text
+    for line in ("over cudnn: geomean 0.500x", "over fa4: geomean 1.000x"):
+        assert line in text
 
 
 def test_summary_states_the_price_of_an_option(root):
@@ -243,4 +258,4 @@ def test_summary_states_the_price_of_an_option(root):
 
 def test_summary_of_times_counts_smaller_as_better(root):
     text = "\n".join(summary(section(root, bench=[cell(ours=2.0, unit="us")])))
-    assert "(0.50x)" in text
+    assert "(0.50x fa2)" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import gpu_tables
 import pytest
 import update_tables
 
@@ -42,7 +43,7 @@ def root(tmp_path):
 
 def record(root, *cells, **changes):
     sections = [{**SECTION, "bench": list(cells), **changes}]
-    (root / update_tables.RECORD).write_text(json.dumps({"sections": sections}))
+    (root / gpu_tables.RECORD).write_text(json.dumps({"sections": sections}))
 
 
 def test_nothing_measured(root):
@@ -52,17 +53,81 @@ def test_nothing_measured(root):
     assert update_tables.updated(README, root) == text
 
 
-def test_gpu_grid_beside_cudnn(root):
-    record(root, {**CELL, "peers": {"fa2": 200.0, "cudnn": 150.2}}, image="sm_90a", family="sm90")
-    lines = update_tables.gpu_table(root, peer="cudnn").splitlines()
-    assert "image sm_90a" in lines[0] and "cuDNN" in lines[0]
-    assert "(2.00x)" in lines[-1]
+def hopper(root, *cells):
+    record(root, *cells, image="sm_90a", family="sm90")
+
+
+def test_grid_beside_all_peers(root):
+    hopper(
+        root,
+        {**CELL, "peers": {"fa2": 100.0, "cudnn": 150.2}},
+        {**CELL, "seqlen": 1024, "peers": {"fa2": 150.2, "fa4": 300.4}},
+        {**CELL, "deterministic": True, "peers": {"plain": 310.0}},
+        {**CELL, "d": 96, "part": "extra"},
+    )
+    lines = gpu_tables.peers_table(root).splitlines()
+    assert "image sm_90a" in lines[0]
+    assert "2.00x cuDNN (1 cells), 1.00x FlashAttention-4 (1 cells)" in lines[0]
+    assert lines[2:] == [
+        "| d | mask |  | 512 | 1k | geometric mean |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| 64 | full | ours | 300 | 300 |  |",
+        "|  |  | cuDNN | 150 (2.00x) |  | 2.00x |",
+        "|  |  | FlashAttention-4 |  | 300 (1.00x) | 1.00x |",
+        "|  |  | FlashAttention-2 | 100 (3.00x) | 150 (2.00x) | 2.45x |",
+    ]
+
+
+def test_other_problems(root):
+    assert gpu_tables.extra_table(root) == update_tables.NOT_YET
+    extra = {**CELL, "part": "extra"}
+    hopper(
+        root,
+        CELL,
+        {**extra, "d": 192, "dv": 128, "peers": {"cudnn": 150.2}},
+        {**extra, "heads_k": 8, "seqlen": 8192, "peers": {}},
+        {**extra, "options": {"window": [1024, 0]}, "causal": True},
+        {
+            **extra,
+            "options": {"lengths": "log-normal"},
+            "layout": "packed",
+            "peers": {"fa2": 100.0, "dense": 600.8},
+        },
+    )
+    lines = gpu_tables.extra_table(root).splitlines()
+    packed = "d 64, 32 packed sequences, log-normal lengths of this mean"
+    assert lines[2:] == [
+        "|  | mask | 512 | 8k |",
+        "| --- | --- | --- | --- |",
+        "| d 192, values of 128 | full | 300 (2.00x cuDNN) |  |",
+        "| d 64, 32 heads over 8 | full |  | 300 |",
+        "| d 64, window of 1024 | causal | 300 (1.50x FlashAttention-2) |  |",
+        f"| {packed} | full | 300 (3.00x FlashAttention-2, 0.50x dense) |  |",
+    ]
+
+
+def test_cycles(root):
+    counted = {
+        "part": "cycles",
+        "floor": 50_000,
+        "unit": "cycles",
+        "ours": 100_000,
+        "peers": {"cudnn": 200_000},
+        "clock": {"ours": 1.7, "cudnn": 1.75},
+    }
+    hopper(root, CELL, {**CELL, **counted})
+    lines = gpu_tables.cycles_table(root).splitlines()
+    assert "counted at 1.70 to 1.75 GHz" in lines[0]
+    assert lines[-2:] == [
+        "| 64 | full | ours | 100 (50%) |",
+        "| 64 | full | cuDNN | 200 (25%) |",
+    ]
 
 
 def test_gpu_grid(root):
     causal = {**CELL, "causal": True, "seqlen": 16384, "ours": 100.0, "peers": {"fa2": 125.0}}
     record(root, CELL, causal, {**CELL, "seqlen": 1000, "peers": {"fa2": 300.4}})
-    lines = update_tables.gpu_table(root).splitlines()
+    lines = gpu_tables.gpu_table(root).splitlines()
     assert "NVIDIA H100" in lines[0] and "geometric mean 1.06" in lines[0]
     assert lines[2:] == [
         "| dtype | d | mask | 512 | 1000 | 16k |",
@@ -79,8 +144,8 @@ def test_options_and_other_work_are_not_in_the_grid(root):
     gqa = {**CELL, "heads_k": 8, "ours": 250.0, "peers": plain}
     host = {**CELL, "options": {"measured": "host time per call"}, "unit": "us"}
     record(root, softcap, packed, gqa, host)
-    assert update_tables.gpu_table(root) == update_tables.NOT_YET
-    assert update_tables.option_table(root).splitlines()[2:] == [
+    assert gpu_tables.gpu_table(root) == update_tables.NOT_YET
+    assert gpu_tables.option_table(root).splitlines()[2:] == [
         "|  | d 64, full |",
         "| --- | --- |",
         "| softcap | +25.0 % |",
@@ -91,13 +156,13 @@ def test_options_and_other_work_are_not_in_the_grid(root):
 
 def test_other_operations_have_no_table(root):
     record(root, CELL, op="bwd")
-    assert update_tables.gpu_table(root) == update_tables.NOT_YET
+    assert gpu_tables.gpu_table(root) == update_tables.NOT_YET
 
 
 def test_native_images_apart_from_the_others(root):
     record(root, CELL, image="compute_80 PTX")
-    assert update_tables.gpu_table(root) == update_tables.NOT_YET
-    assert "compiled by the driver" in update_tables.gpu_table(root, native=False)
+    assert gpu_tables.gpu_table(root) == update_tables.NOT_YET
+    assert "compiled by the driver" in gpu_tables.gpu_table(root, native=False)
 
 
 @pytest.mark.parametrize("op", ["forward", "backward"])
