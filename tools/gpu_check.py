@@ -57,7 +57,7 @@ BENCHES = {
     "bwd": ["bench/gpu_backward.py", "--grid", "--options", "--deterministic"],
 }
 # What the newest kernels are measured by besides; FlashAttention-4 is a peer of theirs alone, since
-# it compiles for a minute or more in each run.
+# it compiles each of its kernels anew in each run.
 NEWEST_FAMILY, NEWEST_PARTS = "sm90", ["--extra", "--cycles"]
 OLDER_PEERS = ["--peers", "cudnn,fa2"]
 
