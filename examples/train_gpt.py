@@ -48,7 +48,7 @@ PRESETS = {
     "gpu": Settings(
         length=8192,
         batch=1,
-        steps=600,
+        steps=200,
         layers=6,
         width=768,
         heads=12,

@@ -21,7 +21,7 @@ int64_t padded_rows(const Problem& problem, int Br);
 struct BackwardWorkspace {
   uint64_t dq_sum;    // fp32 [heads, padded rows, d of the row]
   uint64_t row_stats; // fp32 [heads, padded rows, 2]
-  uint64_t turns;     // int32 [heads, padded rows / Br], in the sm90 family times 2
+  uint64_t turns;     // int32 [heads, padded rows / Br]
   uint64_t tickets;   // int32, in the sm90 family
   uint64_t zeroed;    // int32 for each key head, there too
   uint64_t end;

@@ -17,12 +17,27 @@
 namespace anyflash {
 namespace {
 
+std::span<const anyflash_launch> launches_of(const anyflash_plan& plan) {
+  return {plan.launches, static_cast<size_t>(plan.launch_count)};
+}
+
 const Row& row_of(const anyflash_launch& launch) {
   const std::span<const Row> table = rows();
   if (launch.row < 0 || static_cast<size_t>(launch.row) >= table.size())
     throw InvalidValue("a plan for a GPU names row " + std::to_string(launch.row) +
                        "; the table has rows 0 to " + std::to_string(table.size() - 1));
   return table[static_cast<size_t>(launch.row)];
+}
+
+/// The row of the table that all launches of a plan are kernels of.
+const Row& row_of(const anyflash_plan& plan) {
+  const std::span<const anyflash_launch> launches = launches_of(plan);
+  for (const anyflash_launch& one : launches)
+    if (one.row != launches[0].row)
+      throw InvalidValue("the launches of a plan for a GPU name rows " +
+                         std::to_string(launches[0].row) + " and " + std::to_string(one.row) +
+                         "; they are kernels of one row");
+  return row_of(launches[0]);
 }
 
 bool has_blocks(const anyflash_launch& launch) {
@@ -38,10 +53,9 @@ bool starts_early(const Row& row, const anyflash_launch& launch) {
   return row.family == "sm90" && row.op == "backward" && launch.entry != ANYFLASH_KERNEL_PRE;
 }
 
-template <class Params>
-void launch_one(const anyflash_launch& launch, Params params, int device, void* stream) {
-  const Row& row = row_of(launch);
-  void* arguments[] = {&params};
+void launch_one(const anyflash_launch& launch, const Row& row, void* params, int device,
+                void* stream) {
+  void* arguments[] = {params};
   const cuda::Driver& driver = cuda::driver();
   cuda::LaunchAttribute attribute{};
   attribute.id = cuda::programmatic_stream_serialization;
@@ -58,6 +72,13 @@ void launch_one(const anyflash_launch& launch, Params params, int device, void* 
   if (status != 0) driver.fail(status, "launching kernel " + row.name());
 }
 
+/// The kernels of a plan, which all read the same parameters.
+template <class Params>
+void launch_all(const anyflash_plan& plan, const Row& row, Params params, void* stream) {
+  for (const anyflash_launch& one : launches_of(plan))
+    if (has_blocks(one)) launch_one(one, row, &params, plan.device.index, stream);
+}
+
 /// ANYFLASH_PLAN_FOR=86: plan as if the GPU were of this compute capability, so that the rows of
 /// another generation run on it. For verification.
 int planned_capability() {
@@ -70,22 +91,20 @@ int planned_capability() {
 } // namespace
 
 void launch(const anyflash_plan& plan, const Problem& problem, void* workspace, void* stream) {
-  const int device = plan.device.index;
-  const ScopedContext context(device);
-  for (const anyflash_launch& one :
-       std::span(plan.launches, static_cast<size_t>(plan.launch_count))) {
-    if (!has_blocks(one)) continue;
-    const Row& row = row_of(one);
-    if (problem.op == ANYFLASH_FORWARD && row.family == "sm90")
-      launch_one(one, hopper_forward_params(problem, row, one.grid[0]), device, stream);
-    else if (problem.op == ANYFLASH_FORWARD)
-      launch_one(one, forward_params(problem, row), device, stream);
-    else if (row.family == "sm90")
-      launch_one(one, hopper_backward_params(problem, row, workspace, plan.device.multiprocessors),
-                 device, stream);
-    else
-      launch_one(one, backward_params(problem, row, workspace), device, stream);
-  }
+  if (std::ranges::none_of(launches_of(plan), has_blocks)) return;
+  const ScopedContext context(plan.device.index);
+  const Row& row = row_of(plan);
+  const bool hopper = row.family == "sm90";
+  if (problem.op == ANYFLASH_FORWARD && hopper)
+    launch_all(plan, row, hopper_forward_params(problem, row, plan.launches[0].grid[0]), stream);
+  else if (problem.op == ANYFLASH_FORWARD)
+    launch_all(plan, row, forward_params(problem, row), stream);
+  else if (hopper)
+    launch_all(plan, row,
+               hopper_backward_params(problem, row, workspace, plan.device.multiprocessors),
+               stream);
+  else
+    launch_all(plan, row, backward_params(problem, row, workspace), stream);
 }
 
 void warm_up(const anyflash_plan& plan) {

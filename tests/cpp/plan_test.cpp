@@ -186,24 +186,24 @@ TEST(Plan, TheWorkspaceOfTheBackwardIsLinearInTheSequence) {
   const auto on_256 = [](int64_t bytes) {
     return static_cast<uint64_t>((bytes + 255) / 256 * 256);
   };
-  // The sums, the statistics, the turns; in the sm90 family two turns and a counter.
-  const auto bytes = [&](const anyflash_plan& plan, int64_t rows) {
+  // The sums, the statistics, the turns; in the sm90 family a counter, and one for each key head.
+  const auto bytes = [&](const anyflash_plan& plan, int64_t rows, int64_t key_heads) {
     const bool hopper = row_of(plan).family == "sm90";
-    return on_256(rows * row_of(plan).d * 4) + on_256(rows * 2 * 4) +
-           on_256(rows / plan.Br * (hopper ? 8 : 4)) + (hopper ? on_256(4) : 0);
+    return on_256(rows * row_of(plan).d * 4) + on_256(rows * 2 * 4) + on_256(rows / plan.Br * 4) +
+           (hopper ? on_256(4) + on_256(key_heads * 4) : 0);
   };
   for (const int64_t d : {40, 64, 128, 256})
     for (const int64_t n : {1, 64, 1000, 100000}) {
       const anyflash_plan plan = backward_on(90, {2, n, 333, 6, 2, d, d});
       const int64_t rows = 6 * 2 * ((n + plan.Br - 1) / plan.Br * plan.Br); // whole blocks
-      EXPECT_EQ(plan.workspace_bytes, bytes(plan, rows));
+      EXPECT_EQ(plan.workspace_bytes, bytes(plan, rows, 2 * 2));
     }
   int32_t lengths[] = {0, 10, 10, 500};
   const anyflash_problem p = backward_of(packed({3, 490, 490, 4, 2, 64, 64}, 520, 530, lengths,
                                                 lengths, ANYFLASH_FLOAT16, ANYFLASH_CUDA));
   const anyflash_plan plan = make_plan(validate(p), gpu(90));
   const int64_t rows = 4 * (520 / plan.Br + 3) * plan.Br; // no block is shared by two sequences
-  EXPECT_EQ(plan.workspace_bytes, bytes(plan, rows));
+  EXPECT_EQ(plan.workspace_bytes, bytes(plan, rows, 2 * 3));
 }
 
 TEST(Plan, TheBackwardWritesGradientsOfWhatSeesNothing) {

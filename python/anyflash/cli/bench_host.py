@@ -115,7 +115,7 @@ def _columns(function: Callable[..., Any], plain: list[Any]) -> dict[str, Call]:
     else:  # torch's own, with a gradient for each of its outputs
         node_call, rest = node, (None,) * (_outputs(node, dout) - 1)
 
-    def backward() -> Any:
+    def backward(graph: Any = o) -> Any:  # what o's gradient function saved lives as long as o
         with torch.no_grad():
             return node_call(dout, *rest)
 

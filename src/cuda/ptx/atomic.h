@@ -29,6 +29,13 @@ DEVICE int load_relaxed(const int32_t* flag) {
   return value;
 }
 
+/// What was written before the release that this sees is seen by this thread afterwards.
+DEVICE int load_acquire(const int32_t* flag) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+}
+
 /// *flag += 1, after everything that this thread wrote or has seen written.
 DEVICE void add_release(int32_t* flag) {
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(flag) : "memory");

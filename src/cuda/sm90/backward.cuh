@@ -39,11 +39,13 @@ template <class Row>
 DEVICE void serve(const BackwardParams& p, char* shared_memory) {
   using F = Backward<Row>;
   const int warp = warp_index();
-  if (warp < F::consumers) {
-    if (p.turns && warp < F::adders) watch_turns<Row>(p, warp, shared_memory);
-    if (p.zeroed && warp == 0) zero_sums_ahead<Row>(p, shared_memory);
+  if (warp == 0) {
+    if (p.turns) wait_for_turns<Row>(p, shared_memory);
+    if (p.zeroed) zero_sums_ahead<Row>(p, shared_memory);
+  } else if (warp == 1) {
+    if (p.turns) pass_turns_on<Row>(p, shared_memory);
   } else if (lane_index() == 0) {
-    if (warp == F::consumers)
+    if (warp == 2)
       Scheduler<Row>(p, shared_memory).run();
     else
       Loader<Row>(p, shared_memory).run();
@@ -56,7 +58,7 @@ DEVICE void backward(const BackwardParams& p) {
   using F = Backward<Row>;
   extern __shared__ __align__(1024) char shared_memory[];
   if (threadIdx.x == 0) {
-    const int watchers = p.turns ? F::adders : p.zeroed ? 1 : 0;
+    const int watchers = p.turns ? 2 : p.zeroed ? 1 : 0;
     BackwardBarriers<Row>{shared_address(shared_memory) + F::at.barriers}.init(watchers);
   }
   __syncthreads();

@@ -6,6 +6,7 @@
 #include "cuda/sm90/backward/ends.h"
 #include "cuda/sm90/backward/stream.h"
 #include "cuda/sm90/backward/transposed_scores.h"
+#include "cuda/sm90/backward/turns.h"
 
 namespace anyflash::sm90 {
 
@@ -56,11 +57,11 @@ protected:
   /// it would add to was never written.
   DEVICE bool wait_for_turn(Ring<2> turn) const {
     if (!p_.turns) return false;
-    mbarrier_wait(barriers_.turn(index_), turn.stage());
-    return ld_shared(barriers_.turn_of(index_)) == 0;
+    mbarrier_wait(barriers_.turn(), turn.stage());
+    return ld_shared(barriers_.turn_of()) == 0;
   }
   DEVICE void pass_turn_on() const {
-    if (p_.turns) named_barrier_arrive(first_turn_barrier + index_, warpgroup_size + warp_size);
+    if (p_.turns) TurnBarrier<Row>::arrive();
   }
   /// dQ to the sums of its part of the queries; store: it is the first. They lie in the order of
   /// registers, so that a warp adds to neighbouring addresses. first_tile: of the part's tiles of 8

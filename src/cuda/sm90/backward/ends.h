@@ -75,7 +75,7 @@ DEVICE void backward_pre(const BackwardParams& p) {
     UNROLL
     for (int i = 0; i < Row::Br * Row::d / 4 / threads; ++i) sum[i * threads] = {0, 0, 0, 0};
   }
-  if (p.turns && threadIdx.x < 2) p.turns[2 * (first_row / Row::Br) + threadIdx.x] = 0;
+  if (p.turns && threadIdx.x == 0) p.turns[first_row / Row::Br] = 0;
 
   const uint16_t* const o = static_cast<const uint16_t*>(p.o) + block.o_offset;
   const uint16_t* const dout = static_cast<const uint16_t*>(p.dout) + block.offset(p.dout_strides);

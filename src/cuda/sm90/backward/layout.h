@@ -121,11 +121,11 @@ struct BackwardBarriers {
   DEVICE uint32_t work_full(int slot) const { return begin + 8 * slot; }
   DEVICE uint32_t work_empty(int slot) const { return begin + 16 + 8 * slot; }
   DEVICE uint32_t ds_full(int stage) const { return begin + 32 + 8 * stage; }
-  DEVICE uint32_t turn(int consumer) const { return begin + 48 + 8 * consumer; }
+  DEVICE uint32_t turn() const { return begin + 48; }
   DEVICE uint32_t work_wanted() const { return begin + 64; }
-  DEVICE uint32_t ds_empty(int stage) const { return begin + 72 + 8 * stage; }       // dQ apart
-  DEVICE uint32_t p_full(int stage) const { return begin + 88 + 8 * stage; }         // scores apart
-  DEVICE uint32_t turn_of(int consumer) const { return begin + 104 + 4 * consumer; } // an int
+  DEVICE uint32_t ds_empty(int stage) const { return begin + 72 + 8 * stage; } // dQ apart
+  DEVICE uint32_t p_full(int stage) const { return begin + 88 + 8 * stage; }   // scores apart
+  DEVICE uint32_t turn_of() const { return begin + 104; }                      // an int
   DEVICE uint32_t q_full(int stage) const { return begin + 112 + 8 * stage; }
   DEVICE uint32_t q_empty(int stage) const { return q_full(Row::q_stages + stage); }
   DEVICE uint32_t o_full(int stage) const { return q_full(2 * Row::q_stages + stage); }
@@ -141,10 +141,10 @@ struct BackwardBarriers {
       mbarrier_init(work_full(i), 1);
       mbarrier_init(work_empty(i), 1 + 4 * F::readers + watchers);
       mbarrier_init(ds_full(i), F::scores_apart ? 4 : 4 * F::consumers);
-      mbarrier_init(turn(i), 1);
       mbarrier_init(ds_empty(i), 1);
       mbarrier_init(p_full(i), 4);
     }
+    mbarrier_init(turn(), 1);
     mbarrier_init(work_wanted(), 1);
     init<Row::q_stages>(q_full(0), 4 * F::consumers);
     init<Row::o_stages>(o_full(0), F::scores_apart ? 3 : F::consumers);

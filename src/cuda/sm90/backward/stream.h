@@ -13,9 +13,6 @@
 
 namespace anyflash::sm90 {
 
-/// Named barriers between a consumer and the warp that watches over its turns.
-constexpr int first_turn_barrier = 1;
-
 /// Reads what the loader wrote about one block of keys after the other.
 template <class Row>
 class WorkReader {
@@ -254,43 +251,5 @@ private:
   Ring<Row::o_stages> o_;
   Ring<Row::kv_stages> kv_;
 };
-
-/// Key blocks add to the dQ of a query block in the order of their index, so that dQ is the same
-/// from run to run; the first does not add but store. One warp for each consumer waits for the turn
-/// before the consumer needs it, and passes it on when the consumer has added its part. Blocks of
-/// lower index are handed out before those of higher, so that nobody waits for a block that cannot
-/// run.
-template <class Row>
-DEVICE void watch_turns(const BackwardParams& p, int consumer, const char* shared_memory) {
-  using F = Backward<Row>;
-  const BackwardBarriers<Row> barriers{shared_address(shared_memory) + F::at.barriers};
-  WorkReader<Row> reader(shared_memory);
-  ROLLED
-  while (true) {
-    const volatile Work& work = reader.wait();
-    if (work.ticket >= p.key_blocks) return;
-    QueryCursor at(work);
-    ROLLED
-    for (int left = work.steps; left > 0; --left) {
-      const KeyBlocks keys = key_blocks(at.i * Row::Br, Row::Br, Row::Bc, work.seqlen_q,
-                                        work.seqlen_k, p.window_left, p.window_right);
-      const int mine = work.first_key / Row::Bc - keys.begin;
-      int32_t* const turn =
-          p.turns + 2 * (at.first_row(work, p.padded_rows, Row::Br) / Row::Br) + consumer;
-      if (lane_index() == 0) {
-        while (load_relaxed(turn) != mine) {
-        }
-        __threadfence();
-        st_shared(barriers.turn_of(consumer), mine);
-        mbarrier_arrive(barriers.turn(consumer));
-      }
-      __syncwarp();
-      named_barrier_sync(first_turn_barrier + consumer, warpgroup_size + warp_size);
-      if (lane_index() == 0) add_release(turn);
-      at.advance(work);
-    }
-    reader.next();
-  }
-}
 
 } // namespace anyflash::sm90

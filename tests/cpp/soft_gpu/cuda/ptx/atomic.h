@@ -24,6 +24,8 @@ inline int load_relaxed(const int32_t* flag) {
   return __atomic_load_n(flag, __ATOMIC_ACQUIRE);
 }
 
+inline int load_acquire(const int32_t* flag) { return load_relaxed(flag); }
+
 inline void add_release(int32_t* flag) { __atomic_fetch_add(flag, 1, __ATOMIC_RELEASE); }
 
 } // namespace anyflash

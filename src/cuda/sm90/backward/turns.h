@@ -1,0 +1,87 @@
+// The order of additions to dQ in the sm90 backward, where it must be the same from run to run.
+//
+// Key blocks add to the sums of a block of queries in the order of their index; the first does not
+// add but stores. One int a block of queries counts who has been there. Key blocks are handed out
+// in that order, so that nobody waits for one that cannot run. Two warps that have nothing else to
+// do see to it, so that neither the flag's way nor the fence is the adders' time: one looks for the
+// turn while the adders are still at the block of queries before, the other passes it on behind
+// them, while they are at the next.
+#pragma once
+
+#include "cuda/ptx/atomic.h"
+#include "cuda/ptx/warpgroup.h"
+#include "cuda/sm90/backward/stream.h"
+
+namespace anyflash::sm90 {
+
+/// The barrier at which the adders are done with a block of queries.
+template <class Row>
+struct TurnBarrier {
+  static constexpr int name = 1;
+  static constexpr int threads = Backward<Row>::adders * warpgroup_size + 2 * warp_size;
+
+  DEVICE static void arrive() { named_barrier_arrive(name, threads); }
+  DEVICE static void wait() { named_barrier_sync(name, threads); }
+};
+
+/// How many key blocks have added to the queries that `at` stands at.
+template <class Row>
+DEVICE int32_t* turn_of(const BackwardParams& p, const volatile Work& work, const QueryCursor& at) {
+  return p.turns + at.first_row(work, p.padded_rows, Row::Br) / Row::Br;
+}
+
+/// By one warp: tells the adders that it is their turn, and which.
+template <class Row>
+DEVICE void wait_for_turns(const BackwardParams& p, const char* shared_memory) {
+  using F = Backward<Row>;
+  const BackwardBarriers<Row> barriers{shared_address(shared_memory) + F::at.barriers};
+  WorkReader<Row> reader(shared_memory);
+  ROLLED
+  while (true) {
+    const volatile Work& work = reader.wait();
+    if (work.ticket >= p.key_blocks) return;
+    QueryCursor at(work);
+    ROLLED
+    for (int left = work.steps; left > 0; --left) {
+      const KeyBlocks keys = key_blocks(at.i * Row::Br, Row::Br, Row::Bc, work.seqlen_q,
+                                        work.seqlen_k, p.window_left, p.window_right);
+      const int mine = work.first_key / Row::Bc - keys.begin;
+      const int32_t* const turn = turn_of<Row>(p, work, at);
+      if (lane_index() == 0) {
+        while (load_acquire(turn) != mine) {
+        }
+      }
+      __syncwarp();
+      if (left < work.steps) TurnBarrier<Row>::wait(); // for the block of queries before
+      if (lane_index() == 0) {
+        st_shared(barriers.turn_of(), mine);
+        mbarrier_arrive(barriers.turn());
+      }
+      at.advance(work);
+    }
+    if (work.steps) TurnBarrier<Row>::wait();
+    reader.next();
+  }
+}
+
+/// By one warp: makes what the adders added visible to the next key block, and passes the turn on.
+template <class Row>
+DEVICE void pass_turns_on(const BackwardParams& p, const char* shared_memory) {
+  WorkReader<Row> reader(shared_memory);
+  ROLLED
+  while (true) {
+    const volatile Work& work = reader.wait();
+    if (work.ticket >= p.key_blocks) return;
+    QueryCursor at(work);
+    ROLLED
+    for (int left = work.steps; left > 0; --left) {
+      int32_t* const turn = turn_of<Row>(p, work, at);
+      TurnBarrier<Row>::wait();
+      if (lane_index() == 0) add_release(turn);
+      at.advance(work);
+    }
+    reader.next();
+  }
+}
+
+} // namespace anyflash::sm90
