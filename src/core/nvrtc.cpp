@@ -1,7 +1,9 @@
 #include "core/nvrtc.h"
 
 #include <chrono>
+#include <cstdlib>
 #include <filesystem>
+#include <sstream>
 
 #include "core/error.h"
 #include "core/shared_library.h"
@@ -161,6 +163,10 @@ private:
 std::vector<std::string> nvrtc_options(const Target& target) {
   std::vector<std::string> options = {"--std=c++20", "-default-device", "--ptxas-options=-v"};
   if (!target.arch.empty()) options.push_back("--gpu-architecture=" + target.name());
+  if (const char* more = std::getenv("ANYFLASH_COMPILE_OPTIONS")) {
+    std::istringstream words(more);
+    for (std::string word; words >> word;) options.push_back(word);
+  }
   return options;
 }
 

@@ -53,6 +53,7 @@ FAILED tests/device/test_forward.py::test_case[plain-bfloat16] - assert 'O[0] ..
         ("========= ERROR SUMMARY: 0 errors\n", 0),
         ("========= Invalid __global__ read\n========= ERROR SUMMARY: 1 error\n", 1),
         ("========= RACECHECK SUMMARY: 3 hazards displayed (1 error, 2 warnings)\n", 3),
+        ("========= RACECHECK SUMMARY: 30 hazards displayed (417 errors, 0 warnings)\n", 417),
         ("Device not supported\n", None),
     ],
 )
@@ -96,9 +97,8 @@ def test_clock():
 
 
 def test_arguments():
-    arguments = parse(["--wheel", "a.whl", "--sanitizers", "all", "--explained", "racecheck=2"])
+    arguments = parse(["--wheel", "a.whl", "--sanitizers", "all"])
     assert arguments.sanitizers == ["memcheck", "racecheck", "initcheck", "synccheck"]
-    assert arguments.explained == {"racecheck": 2}
     assert ("bwd", "sm80", "compute_80") in arguments.sections
     assert ("fwd", "sm90", "sm_90a") in arguments.sections
     named = parse(["--wheel", "a.whl", "--sections", "fwd/sm80/rows_86,bwd/sm90/sm_90a"])
@@ -208,3 +208,27 @@ def test_steps_run_side_by_side_and_benchmarks_alone(tmp_path, monkeypatch):
             "initcheck": 0,
             "synccheck": 0,
         }
+
+
+@pytest.mark.parametrize(
+    ("again", "explained"),
+    [
+        ("0 hazards displayed (0 errors, 0 warnings)", 41),
+        ("1 hazard displayed (1 error, 0 warnings)", 0),
+    ],
+)
+def test_what_racecheck_reports_is_explained_when_every_thread_arrives(
+    tmp_path, monkeypatch, again, explained
+):
+    def fake_run(command, environment, log, seconds):
+        every = "EVERY_THREAD_ARRIVES" in environment.get("ANYFLASH_COMPILE_OPTIONS", "")
+        summary = again if every else "30 hazards displayed (40 errors, 1 warning)"
+        text = f"cases: 3, rows reached: 1 of 1\n========= RACECHECK SUMMARY: {summary}\n"
+        return gpu_check.Output(text, 0)
+
+    monkeypatch.setattr(gpu_check, "run", fake_run)
+    words = ["--wheel", "a.whl", "--sanitizers", "racecheck", "--sections", "fwd/sm90/sm_90a"]
+    check = gpu_check.Check(parse([*words, "--out", str(tmp_path)]), tmp_path)
+    check.check()
+    (section,) = gpu_record.read(tmp_path / "record.json")["sections"]
+    assert section["sanitizers"]["racecheck"] == {"cases": 3, "errors": 41, "explained": explained}

@@ -128,8 +128,7 @@ private:
     mbarrier_wait(barriers_.tile_full(), tile_parity_);
     tile_parity_ ^= 1;
     const uint4 a = ld_shared_16(barriers_.tile()), b = ld_shared_16(barriers_.tile() + 16);
-    __syncwarp();
-    if (lane_index() == 0) mbarrier_arrive(barriers_.tile_empty());
+    warp_arrive(barriers_.tile_empty());
     tile = {int(a.x), int(a.y), int(a.z), int(a.w), int(b.x), int(b.y), int(b.z), int(b.w)};
   }
 
@@ -341,8 +340,7 @@ private:
     if (threadIdx.x % warpgroup_size == 0) mbarrier_arrive(barrier);
   }
   DEVICE void release_queries() {
-    __syncwarp();
-    if (lane_index() == 0) mbarrier_arrive(barriers_.q_empty(q_ring_.stage));
+    warp_arrive(barriers_.q_empty(q_ring_.stage));
     q_ring_.next();
   }
 

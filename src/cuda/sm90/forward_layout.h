@@ -1,10 +1,10 @@
 // What follows from a row of the table for the forward: tiles, fragments, barriers.
 #pragma once
 
-#include "cuda/ptx/mbarrier.h"
 #include "cuda/ptx/warpgroup.h"
 #include "cuda/sm90/params.h"
 #include "cuda/sm90/shared_memory.h"
+#include "cuda/sm90/warp_arrival.h"
 #include "cuda/tile/matrix_descriptor.h"
 #include "cuda/tile/warpgroup_fragment.h"
 
@@ -59,11 +59,11 @@ struct ForwardBarriers {
   DEVICE void init() const {
     constexpr int warpgroups = Forward<Row>::consumers;
     mbarrier_init(tile_full(), 1);
-    mbarrier_init(tile_empty(), 4 * warpgroups); // one arrival a warp
+    mbarrier_init(tile_empty(), warpgroups * warpgroup_arrivals);
     UNROLL
     for (int stage = 0; stage < Row::q_stages; ++stage) {
       mbarrier_init(q_full(stage), 1);
-      mbarrier_init(q_empty(stage), 4 * warpgroups);
+      mbarrier_init(q_empty(stage), warpgroups * warpgroup_arrivals);
     }
     UNROLL
     for (int stage = 0; stage < Row::stages; ++stage) {

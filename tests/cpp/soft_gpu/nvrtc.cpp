@@ -52,6 +52,14 @@ int major_minor(int count, const char* const* options) {
   return 0;
 }
 
+/// Those options that the host's compiler knows too.
+std::string definitions(int count, const char* const* options) {
+  std::string text;
+  for (int i = 0; i < count; ++i)
+    if (std::strncmp(options[i], "-D", 2) == 0) text += std::string(" ") + options[i];
+  return text;
+}
+
 } // namespace
 
 extern "C" {
@@ -95,7 +103,7 @@ int nvrtcCompileProgram(Program* program, int count, const char* const* options)
                               " -std=c++20 -O2 -fPIC -shared -fvisibility=hidden -fno-gnu-unique "
                               "-fno-extern-tls-init -fno-strict-aliasing -w"
                               " -D__CUDA_ARCH__=" +
-                              std::to_string(arch * 10) +
+                              std::to_string(arch * 10) + definitions(count, options) +
                               " -I" SOFT_GPU_FOLDER " -I" SOFT_GPU_SOURCES " " + stem + ".cpp -o " +
                               stem + ".so 2> " + stem + ".log";
   const int status = std::system(command.c_str());

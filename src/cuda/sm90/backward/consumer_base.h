@@ -109,10 +109,7 @@ protected:
     if (threadIdx.x % warpgroup_size == 0) mbarrier_arrive(barrier);
   }
   /// The stage of Q, with its Step and its statistics, which each warp has read for itself.
-  DEVICE void release_queries(int stage) const {
-    __syncwarp();
-    if (lane_index() == 0) mbarrier_arrive(barriers_.q_empty(stage));
-  }
+  DEVICE void release_queries(int stage) const { warp_arrive(barriers_.q_empty(stage)); }
 
   DEVICE uint32_t q_tile(QRing q) const { return shared_ + F::at.q + q.stage() * F::QTile::bytes; }
   DEVICE uint32_t o_tile(ORing o) const { return shared_ + F::at.o + o.stage() * F::OTile::bytes; }

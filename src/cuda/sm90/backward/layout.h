@@ -1,8 +1,8 @@
 // How a row of the sm90 backward lays out shared memory, and its barriers.
 #pragma once
 
-#include "cuda/ptx/mbarrier.h"
 #include "cuda/sm90/backward/shared_memory.h"
+#include "cuda/sm90/warp_arrival.h"
 #include "cuda/tile/matrix_descriptor.h"
 #include "cuda/tile/warpgroup_fragment.h"
 
@@ -139,14 +139,14 @@ struct BackwardBarriers {
   DEVICE void init(int watchers) const {
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(work_full(i), 1);
-      mbarrier_init(work_empty(i), 1 + 4 * F::readers + watchers);
-      mbarrier_init(ds_full(i), F::scores_apart ? 4 : 4 * F::consumers);
+      mbarrier_init(work_empty(i), 1 + F::readers * warpgroup_arrivals + watchers * warp_arrivals);
+      mbarrier_init(ds_full(i), (F::scores_apart ? 1 : F::consumers) * warpgroup_arrivals);
       mbarrier_init(ds_empty(i), 1);
-      mbarrier_init(p_full(i), 4);
+      mbarrier_init(p_full(i), warpgroup_arrivals);
     }
     mbarrier_init(turn(), 1);
     mbarrier_init(work_wanted(), 1);
-    init<Row::q_stages>(q_full(0), 4 * F::consumers);
+    init<Row::q_stages>(q_full(0), F::consumers * warpgroup_arrivals);
     init<Row::o_stages>(o_full(0), F::scores_apart ? 3 : F::consumers);
     init<Row::kv_stages>(k_full(0), F::adders);
     init<Row::kv_stages>(v_full(0), F::scores_apart ? 1 : F::consumers);
@@ -156,13 +156,12 @@ struct BackwardBarriers {
 private:
   using F = Backward<Row>;
 
-  /// The "full" barriers of a ring, filled by one thread, and then its "empty" ones, for which
-  /// `readers` warpgroups arrive.
+  /// The "full" barriers of a ring, filled by one thread, and then its "empty" ones.
   template <int stages>
-  DEVICE static void init(uint32_t ring, int readers) {
+  DEVICE static void init(uint32_t ring, int arrivals) {
     for (int stage = 0; stage < stages; ++stage) {
       mbarrier_init(ring + 8 * stage, 1);
-      mbarrier_init(ring + 8 * (stages + stage), readers);
+      mbarrier_init(ring + 8 * (stages + stage), arrivals);
     }
   }
 };

@@ -101,8 +101,7 @@ protected:
   /// What this warp has stored may be read by products, of whoever waits for `full`.
   DEVICE void announce(uint32_t full) const {
     fence_async_shared();
-    __syncwarp();
-    if (lane_index() == 0) mbarrier_arrive(full);
+    warp_arrive(full);
   }
 
   DEVICE uint32_t ds_tile(Ring<2> stage) const {

@@ -97,8 +97,7 @@ protected:
       stmatrix_x4_trans(address + k * 16 * Tile::row_bytes, ds.a[4 * k], ds.a[4 * k + 1],
                         ds.a[4 * k + 2], ds.a[4 * k + 3]);
     fence_async_shared();
-    __syncwarp();
-    if (lane_index() == 0) mbarrier_arrive(barriers_.ds_full(ds_.stage()));
+    warp_arrive(barriers_.ds_full(ds_.stage()));
   }
 
   DEVICE uint32_t ds_tile() const { return shared_ + F::at.ds + ds_.stage() * F::STile::bytes; }

@@ -27,8 +27,7 @@ public:
   }
   /// By all lanes of a warp, after its last use of what wait() gave.
   DEVICE void next() {
-    __syncwarp();
-    if (lane_index() == 0) mbarrier_arrive(barriers_.work_empty(at_.stage()));
+    warp_arrive(barriers_.work_empty(at_.stage()));
     at_.advance();
   }
   DEVICE void next_of_thread() {
