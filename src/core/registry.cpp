@@ -1,6 +1,5 @@
 // variants.def as data; the only place that includes it.
 #include <algorithm>
-#include <cctype>
 #include <charconv>
 #include <map>
 #include <vector>
@@ -48,13 +47,28 @@ int capability_of(std::string_view arch) {
   return number;
 }
 
+/// "warps = 4, k_stages = 2": names and numbers take turns.
+std::vector<Constant> read_constants(std::string_view text) {
+  std::vector<Constant> constants;
+  bool is_name = false;
+  for_each_word(text, " ,=", [&](std::string_view word) {
+    is_name = !is_name;
+    if (is_name)
+      constants.push_back({word, 0});
+    else
+      std::from_chars(word.data(), word.data() + word.size(), constants.back().value);
+  });
+  return constants;
+}
+
 std::vector<Row> expand() {
   std::vector<Row> rows;
   for (const Line& line : lines) {
     for_each_word(line.dtypes, " |", [&](std::string_view name) {
       const DType dtype = name == "bf16" ? DType::bfloat16 : DType::float16;
       rows.push_back({static_cast<int>(rows.size()), line.op, line.family, line.variant, line.archs,
-                      dtype, line.d, line.dv, line.Br, line.Bc, line.constants});
+                      dtype, line.d, line.dv, line.Br, line.Bc, line.constants,
+                      read_constants(line.constants)});
     });
   }
   return rows;
@@ -98,20 +112,8 @@ std::span<const std::string_view> image_archs() {
 }
 
 int Row::constant(std::string_view name, int missing) const {
-  int value = missing;
-  for_each_word(constants, ",", [&](std::string_view assignment) {
-    const size_t equals = assignment.find('=');
-    if (equals == assignment.npos) return;
-    std::string_view key = assignment.substr(0, equals);
-    while (!key.empty() && std::isspace(static_cast<unsigned char>(key.front())))
-      key.remove_prefix(1);
-    while (!key.empty() && std::isspace(static_cast<unsigned char>(key.back())))
-      key.remove_suffix(1);
-    if (key != name) return;
-    std::string_view number = assignment.substr(assignment.find_first_not_of(" ", equals + 1));
-    std::from_chars(number.data(), number.data() + number.size(), value);
-  });
-  return value;
+  const auto found = std::ranges::find(values, name, &Constant::name);
+  return found == values.end() ? missing : found->value;
 }
 
 std::span<const EntryPoint> entries_of(std::string_view op) {

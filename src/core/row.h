@@ -4,6 +4,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "core/problem.h"
 
@@ -19,17 +20,24 @@ struct EntryPoint {
 /// The entries of every row of an operation, in the order in which they run.
 std::span<const EntryPoint> entries_of(std::string_view op);
 
+/// A number that a row states: "warps = 4".
+struct Constant {
+  std::string_view name;
+  int value;
+};
+
 /// One compiled image: a line of variants.def for one dtype.
 struct Row {
-  int id;                     // index into rows()
-  std::string_view op;        // "forward"
-  std::string_view family;    // "sm80"
-  std::string_view variant;   // "plain", "general"
-  std::string_view archs;     // "80 90 100": the images it is compiled into
-  DType dtype;                // fp16 or bf16
-  int d, dv;                  // largest head dims
-  int Br, Bc;                 // query rows and keys a block
-  std::string_view constants; // "warps = 4, k_stages = 2, ..."
+  int id;                       // index into rows()
+  std::string_view op;          // "forward"
+  std::string_view family;      // "sm80"
+  std::string_view variant;     // "plain", "general"
+  std::string_view archs;       // "80 90 100": the images it is compiled into
+  DType dtype;                  // fp16 or bf16
+  int d, dv;                    // largest head dims
+  int Br, Bc;                   // query rows and keys a block
+  std::string_view constants;   // "warps = 4, k_stages = 2, ..."
+  std::vector<Constant> values; // the same, read once: every launch asks for some
 
   /// A named constant of the row; `missing` when the row does not state it.
   int constant(std::string_view name, int missing) const;
