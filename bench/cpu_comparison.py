@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import statistics
@@ -130,13 +129,9 @@ def processor() -> str:
         return platform.processor()
 
 
-def geometric_mean(ratios: list[float]) -> float:
-    return round(math.exp(sum(math.log(ratio) for ratio in ratios) / len(ratios)), 3)
-
-
 def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
     ratios = [line["ratio"] for line in cells]
-    return {"geomean": geometric_mean(ratios), "worst": min(ratios)}
+    return {"geomean": round(statistics.geometric_mean(ratios), 3), "worst": min(ratios)}
 
 
 def parser(description: str | None, out: Path) -> argparse.ArgumentParser:

@@ -12,13 +12,15 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from source_text import closure, normalised
 from variants import Row, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
-RECORD = ROOT / "tests" / "device" / "record.json"
+NAME = Path("tests/device/record.json")
+RECORD = ROOT / NAME
 
 Section = dict[str, Any]
 Record = dict[str, Any]
@@ -36,8 +38,8 @@ TESTS = ("tests", "torch_tests")
 # What identifies a measured cell; the rest of it is the measurement.
 MEASUREMENT = ("ours", "peers", "unit", "clock")
 
-# Those that a cell is compared with, the one that says most first.
-PEERS = ("cudnn", "fa4", "fa2")
+# Those that a cell is compared with, the one that says most first, and what tables call them.
+PEERS = {"cudnn": "cuDNN", "fa4": "FlashAttention-4", "fa2": "FlashAttention-2"}
 
 
 def read(path: Path = RECORD) -> Record:
@@ -174,13 +176,6 @@ def check_line(record: Record, root: Path = ROOT) -> tuple[str, bool]:
     return f"GPU record: stale: {'; '.join(stale)}", False
 
 
-def geomean(values: list[float]) -> float:
-    product = 1.0
-    for value in values:
-        product *= value ** (1 / len(values))
-    return product
-
-
 def summary(section: Section) -> list[str]:
     """A few lines for people: what was tested, and a table of what was measured."""
     lines = [
@@ -202,12 +197,12 @@ def summary(section: Section) -> list[str]:
 def _speed_table(cells: list[dict[str, Any]]) -> list[str]:
     """A line for each (d, causal, options): our speed at each length, beside the first peer's."""
     groups: dict[str, list[dict[str, Any]]] = {}
-    for cell in sorted(cells, key=lambda cell: (_is_option(cell), cell["d"], cell["causal"])):
+    for cell in sorted(cells, key=lambda cell: (not is_plain(cell), cell["d"], cell["causal"])):
         groups.setdefault(_name_of(cell), []).append(cell)
     lines = []
     for name, group in groups.items():
         group.sort(key=lambda cell: cell["seqlen"])
-        lengths = "/".join(_short(cell["seqlen"]) for cell in group)
+        lengths = "/".join(short_length(cell["seqlen"]) for cell in group)
         speeds = "  ".join(_beside_peer(cell) for cell in group)
         lines.append(f"  {name:36} {group[0]['unit']} at {lengths}: {speeds}")
     return lines + [line for peer in PEERS for line in _over(peer, cells)]
@@ -217,22 +212,22 @@ def _over(peer: str, cells: list[dict[str, Any]]) -> list[str]:
     """How we compare with a peer over the grid: all in all, and for each d and mask."""
     groups: dict[str, list[float]] = {}
     for cell in cells:
-        if not _is_option(cell) and cell["peers"].get(peer):
+        if is_plain(cell) and cell["peers"].get(peer):
             name = f"d{cell['d']} {'causal' if cell['causal'] else 'full'}"
             groups.setdefault(name, []).append(_ratio(cell, peer))
     ratios = [ratio for group in groups.values() for ratio in group]
     if not ratios:
         return []
-    parts = ", ".join(f"{name} {geomean(group):.3f}x" for name, group in groups.items())
+    parts = ", ".join(f"{name} {geometric_mean(group):.3f}x" for name, group in groups.items())
     return [
-        f"  over {peer}: geomean {geomean(ratios):.3f}x, worst {min(ratios):.3f}x "
+        f"  over {peer}: geomean {geometric_mean(ratios):.3f}x, worst {min(ratios):.3f}x "
         f"of {len(ratios)} cells; {parts}"
     ]
 
 
-def _is_option(cell: dict[str, Any]) -> bool:
-    """True for a cell that is not of the plain grid."""
-    return "part" in cell or "plain" in cell["peers"] or not _is_simple(cell)
+def is_plain(cell: dict[str, Any]) -> bool:
+    """True for a cell of the grid."""
+    return _is_simple(cell) and "part" not in cell and "plain" not in cell["peers"]
 
 
 def _is_simple(cell: dict[str, Any]) -> bool:
@@ -266,5 +261,6 @@ def _ratio(cell: dict[str, Any], peer: str) -> float:
     return ours / theirs if cell["unit"].endswith("FLOP/s") else theirs / ours
 
 
-def _short(seqlen: int) -> str:
+def short_length(seqlen: int) -> str:
+    """4096 as 4k."""
     return f"{seqlen // 1024}k" if seqlen >= 1024 and seqlen % 1024 == 0 else str(seqlen)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
-RECORD = Path("tests/device/record.json")
+import gpu_record
+from gpu_record import PEERS, is_plain, short_length
+
 NOT_YET = "Not measured yet."
 IMAGES = {
     "compute_80 PTX": "PTX of compute_80, compiled by the driver",
     "rows of sm_86": "the rows for 8.6, compiled for this GPU",
 }
-PEERS = {"cudnn": "cuDNN", "fa4": "FlashAttention-4", "fa2": "FlashAttention-2"}
 
 Cell = dict[str, Any]
 
@@ -90,7 +90,7 @@ def peers_table(root: Path, op: str = "forward") -> str:
         for peer, name in PEERS.items():
             if found := [cell["ours"] / cell["peers"][peer] for cell in having(peer, cells)]:
                 means.append(f"{geometric_mean(found):.2f}x {name} ({len(found)} cells)")
-        heads = ["d", "mask", "", *(length(n) for n in seqlens), "geometric mean"]
+        heads = ["d", "mask", "", *(short_length(n) for n in seqlens), "geometric mean"]
         parts.append(
             f"{origin(section)}: {op}, {cells[0]['dtype']}, {cells[0]['unit']} (in brackets: how "
             f"many times as fast ours is, in the same run). All in all: {', '.join(means)}.\n\n"
@@ -108,7 +108,7 @@ def extra_table(root: Path, op: str = "forward") -> str:
         for (name, causal), group in grouped(cells, lambda c: (problem(c), c["causal"])).items():
             speeds = {cell["seqlen"]: beside(cell) for cell in group}
             lines.append([name, mask(causal), *(speeds.get(n, "") for n in seqlens)])
-        heads = ["", "mask", *(length(n) for n in seqlens)]
+        heads = ["", "mask", *(short_length(n) for n in seqlens)]
         parts.append(
             f"{origin(section)}: {op}, {cells[0]['dtype']}, {cells[0]['unit']} (in brackets: how "
             "many times as fast as others in the same run; dense: ours on sequences of one length, "
@@ -134,7 +134,7 @@ def cycles_table(root: Path, op: str = "forward") -> str:
                 ]
                 lines += [[str(d), mask(causal), who, *shares]] if counts else []
         clocks = [clock for cell in cells for clock in cell["clock"].values()]
-        heads = ["d", "mask", "", *(length(n) for n in seqlens)]
+        heads = ["d", "mask", "", *(short_length(n) for n in seqlens)]
         parts.append(
             f"{origin(section)}: {op}, {cells[0]['dtype']}, thousands of cycles of one call (in "
             "brackets: the share that the tensor cores need at 4096 flops a clock and "
@@ -156,8 +156,7 @@ def hopper_cells(
 
 def sections(root: Path, native: bool, op: str = "forward") -> list[dict[str, Any]]:
     """The record's sections of an operation: those of native images, or the others."""
-    path = root / RECORD
-    found = json.loads(path.read_text())["sections"] if path.is_file() else []
+    found = gpu_record.read(root / gpu_record.NAME)["sections"]
     name = {"forward": "fwd", "backward": "bwd"}[op]
     return [s for s in found if s["op"] == name and s["image"].startswith("sm_") == native]
 
@@ -170,12 +169,6 @@ def origin(section: dict[str, Any]) -> str:
 
 def image_of(section: dict[str, Any]) -> str:
     return IMAGES.get(section["image"], f"image {section['image']}")
-
-
-def is_plain(cell: Cell) -> bool:
-    """True for a cell of the grid."""
-    dense = not cell["options"] and cell["layout"] == "dense" and cell["heads"] == cell["heads_k"]
-    return dense and "part" not in cell and "plain" not in cell["peers"]
 
 
 def option_name(cell: Cell) -> str:
@@ -238,7 +231,7 @@ def grid(
         line = table.setdefault((cell["dtype"], cell["d"], cell["causal"]), {})
         line[cell["seqlen"]] = f"{speed(cell):.0f} ({ratio(cell):.2f}x)"
     seqlens = sorted({seqlen for line in table.values() for seqlen in line})
-    heads = ["dtype", "d", "mask", *(length(seqlen) for seqlen in seqlens)]
+    heads = ["dtype", "d", "mask", *(short_length(seqlen) for seqlen in seqlens)]
     lines = [
         [dtype, str(d), mask(causal), *(line.get(seqlen, "") for seqlen in seqlens)]
         for (dtype, d, causal), line in table.items()
@@ -252,11 +245,3 @@ def markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 def mask(causal: bool) -> str:
     return "causal" if causal else "full"
-
-
-def length(seqlen: int) -> str:
-    return f"{seqlen // 1024}k" if seqlen % 1024 == 0 else str(seqlen)
-
-
-def geometric_mean(ratios: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, ratios)) / len(ratios))

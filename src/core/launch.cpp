@@ -108,9 +108,9 @@ void launch(const anyflash_plan& plan, const Problem& problem, void* workspace, 
 }
 
 void warm_up(const anyflash_plan& plan) {
+  if (plan.launch_count == 0) return;
   const ScopedContext context(plan.device.index);
-  for (int i = 0; i < plan.launch_count; ++i)
-    kernel_of(row_of(plan.launches[i]), ANYFLASH_KERNEL, plan.device.index); // loads the others too
+  kernel_of(row_of(plan), ANYFLASH_KERNEL, plan.device.index); // loads the row's others too
 }
 
 anyflash_device get_gpu(int index) {

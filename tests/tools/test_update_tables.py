@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import gpu_record
 import gpu_tables
 import pytest
 import update_tables
@@ -43,7 +44,7 @@ def root(tmp_path):
 
 def record(root, *cells, **changes):
     sections = [{**SECTION, "bench": list(cells), **changes}]
-    (root / gpu_tables.RECORD).write_text(json.dumps({"sections": sections}))
+    (root / gpu_record.NAME).write_text(json.dumps({"sections": sections}))
 
 
 def test_nothing_measured(root):
