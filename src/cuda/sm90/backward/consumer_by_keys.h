@@ -27,18 +27,13 @@ public:
       : Base(p, shared_memory, index) {}
 
   DEVICE void run() {
-    WorkReader<Row> reader(memory_);
-    ROLLED
-    while (true) {
-      const volatile Work& work = reader.wait();
-      if (work.ticket >= p_.key_blocks) return;
+    for_each_work<Row>(p_, memory_, [&](const volatile Work& work) {
       dk_.clear();
       dv_.clear();
       if (work.steps) go_through_queries(work);
       if (!early_store || work.steps == 0) this->store_value_gradient(dv_, work);
       this->store_key_gradient(dk_, work);
-      reader.next();
-    }
+    });
   }
 
 private:

@@ -18,14 +18,9 @@ public:
       : Base(p, shared_memory, 0) {}
 
   DEVICE void run() {
-    WorkReader<Row> reader(memory_);
-    ROLLED
-    while (true) {
-      const volatile Work& work = reader.wait();
-      if (work.ticket >= p_.key_blocks) return;
+    for_each_work<Row>(p_, memory_, [&](const volatile Work& work) {
       if (work.steps) go_through_queries(work);
-      reader.next();
-    }
+    });
   }
 
 private:

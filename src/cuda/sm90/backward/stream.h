@@ -41,6 +41,20 @@ private:
   Ring<2> at_;
 };
 
+/// By one warp or more of those that follow the loader: visit(work) for one block of keys after the
+/// other.
+template <class Row, class Visit>
+DEVICE void for_each_work(const BackwardParams& p, const char* shared_memory, Visit visit) {
+  WorkReader<Row> reader(shared_memory);
+  ROLLED
+  while (true) {
+    const volatile Work& work = reader.wait();
+    if (work.ticket >= p.key_blocks) return;
+    visit(work);
+    reader.next();
+  }
+}
+
 /// The blocks of queries of a key block, one after the other; heads of the group outermost. The
 /// last queries come first: under a causal mask all blocks of keys then begin with the same ones,
 /// which they find in the L2 cache, and whose dQ nobody waits long for.

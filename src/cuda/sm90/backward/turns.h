@@ -35,11 +35,7 @@ template <class Row>
 DEVICE void wait_for_turns(const BackwardParams& p, const char* shared_memory) {
   using F = Backward<Row>;
   const BackwardBarriers<Row> barriers{shared_address(shared_memory) + F::at.barriers};
-  WorkReader<Row> reader(shared_memory);
-  ROLLED
-  while (true) {
-    const volatile Work& work = reader.wait();
-    if (work.ticket >= p.key_blocks) return;
+  for_each_work<Row>(p, shared_memory, [&](const volatile Work& work) {
     QueryCursor at(work);
     ROLLED
     for (int left = work.steps; left > 0; --left) {
@@ -60,18 +56,13 @@ DEVICE void wait_for_turns(const BackwardParams& p, const char* shared_memory) {
       at.advance(work);
     }
     if (work.steps) TurnBarrier<Row>::wait();
-    reader.next();
-  }
+  });
 }
 
 /// By one warp: makes what the adders added visible to the next key block, and passes the turn on.
 template <class Row>
 DEVICE void pass_turns_on(const BackwardParams& p, const char* shared_memory) {
-  WorkReader<Row> reader(shared_memory);
-  ROLLED
-  while (true) {
-    const volatile Work& work = reader.wait();
-    if (work.ticket >= p.key_blocks) return;
+  for_each_work<Row>(p, shared_memory, [&](const volatile Work& work) {
     QueryCursor at(work);
     ROLLED
     for (int left = work.steps; left > 0; --left) {
@@ -80,8 +71,7 @@ DEVICE void pass_turns_on(const BackwardParams& p, const char* shared_memory) {
       if (lane_index() == 0) add_release(turn);
       at.advance(work);
     }
-    reader.next();
-  }
+  });
 }
 
 } // namespace anyflash::sm90
