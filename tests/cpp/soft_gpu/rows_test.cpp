@@ -16,6 +16,7 @@
 #include "core/launch.h"
 #include "core/plan.h"
 #include "core/row.h"
+#include "random_case.h"
 
 namespace anyflash {
 namespace {
@@ -86,10 +87,8 @@ void run(const Problem& asked, const Target& target) {
   launch(plan, problem, workspace.get(), nullptr);
 }
 
-class CaseList : public testing::TestWithParam<std::tuple<Case, DType, Target>> {};
-
-TEST_P(CaseList, MeetsTheRule) {
-  const auto& [c, dtype, target] = GetParam();
+/// The forward and both orders of the backward, against the formula.
+void check(const Case& c, DType dtype, const Target& target) {
   SCOPED_TRACE("SOFT_GPU_SEED=" + std::to_string(seed));
   CaseProblem computed(c, dtype);
   computed.poison();
@@ -101,6 +100,13 @@ TEST_P(CaseList, MeetsTheRule) {
   in_turns.deterministic = true;
   ASSERT_NO_THROW(run(in_turns, target));
   EXPECT_EQ(violation(computed, expected_gradients(c, dtype)), "") << "deterministic";
+}
+
+class CaseList : public testing::TestWithParam<std::tuple<Case, DType, Target>> {};
+
+TEST_P(CaseList, MeetsTheRule) {
+  const auto& [c, dtype, target] = GetParam();
+  check(c, dtype, target);
 }
 
 std::string name_of_case(const testing::TestParamInfo<CaseList::ParamType>& info) {
@@ -117,6 +123,21 @@ INSTANTIATE_TEST_SUITE_P(Fp16, CaseList,
                          testing::Combine(testing::ValuesIn(cases()),
                                           testing::Values(DType::float16), testing::Values(hopper)),
                          name_of_case);
+
+class Random : public testing::TestWithParam<Target> {};
+
+/// Cases that nobody thought of. SOFT_GPU_ROUNDS=100: more of them.
+TEST_P(Random, MeetsTheRule) {
+  const char* const rounds = std::getenv("SOFT_GPU_ROUNDS");
+  for (int left = rounds ? std::atoi(rounds) : 2; left > 0 && !HasFailure(); --left, ++seed) {
+    const nlohmann::json line = random_case(seed);
+    SCOPED_TRACE(line.dump());
+    check(case_of(line), seed % 4 ? DType::bfloat16 : DType::float16, GetParam());
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Cases, Random, testing::ValuesIn(targets),
+                         [](const auto& info) { return std::string(info.param.image); });
 
 /// More than are sorted by size.
 TEST(PackedOrder, HundredsOfSequences) {
