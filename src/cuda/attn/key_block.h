@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/attn/key_blocks.h"
+#include "cuda/attn/sequence_lengths.h"
 #include "cuda/ptx/device.h"
 
 namespace anyflash {
@@ -39,17 +40,12 @@ struct KeyBlock {
     first_key = block * Row::Bc;
     sequence = divide(head_index, p.key_heads);
     head_k = head_index - sequence * p.key_heads.divisor;
-    first_q = first_k = 0;
-    int rows_q = p.seqlen_q;
-    rows = p.seqlen_k;
-    if (p.cu_seqlens_q) {
-      first_q = p.cu_seqlens_q[sequence];
-      first_k = p.cu_seqlens_k[sequence];
-      rows_q = p.cu_seqlens_q[sequence + 1] - first_q;
-      rows = p.cu_seqlens_k[sequence + 1] - first_k;
-    }
-    seqlen_q = p.seqused_q ? min(rows_q, p.seqused_q[sequence]) : rows_q;
-    seqlen_k = p.seqused_k ? min(rows, p.seqused_k[sequence]) : rows;
+    const SequenceLengths lengths(p, sequence);
+    first_q = lengths.first_q;
+    first_k = lengths.first_k;
+    rows = lengths.rows_k;
+    seqlen_q = lengths.seqlen_q;
+    seqlen_k = lengths.seqlen_k;
   }
 
   /// Nothing to write: the sequence is shorter than the longest of the batch.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/attn/key_blocks.h"
+#include "cuda/attn/sequence_lengths.h"
 #include "cuda/ptx/device.h"
 
 namespace anyflash {
@@ -35,18 +36,12 @@ struct QueryBlock {
     head_k = divide(head, p.group);
     first_query = block * Row::Br;
 
-    int64_t first_k = 0;
-    first_q = 0;
-    rows = p.seqlen_q;
-    seqlen_k = p.seqlen_k;
-    if (p.cu_seqlens_q) {
-      first_q = p.cu_seqlens_q[sequence];
-      first_k = p.cu_seqlens_k[sequence];
-      rows = p.cu_seqlens_q[sequence + 1] - first_q;
-      seqlen_k = p.cu_seqlens_k[sequence + 1] - first_k;
-    }
-    seqlen_q = p.seqused_q ? min(rows, p.seqused_q[sequence]) : rows;
-    if (p.seqused_k) seqlen_k = min(seqlen_k, p.seqused_k[sequence]);
+    const SequenceLengths lengths(p, sequence);
+    first_q = lengths.first_q;
+    rows = lengths.rows_q;
+    seqlen_q = lengths.seqlen_q;
+    seqlen_k = lengths.seqlen_k;
+    const int64_t first_k = lengths.first_k;
 
     q_offset = sequence * p.q_strides.batch + first_q * p.q_strides.row + head * p.q_strides.head;
     k_offset = sequence * p.k_strides.batch + first_k * p.k_strides.row + head_k * p.k_strides.head;

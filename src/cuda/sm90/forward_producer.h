@@ -47,7 +47,7 @@ private:
     const SequenceLengths lengths(p_, tile.sequence);
     tile.first_q = lengths.first_q;
     tile.first_k = lengths.first_k;
-    tile.rows = lengths.rows;
+    tile.rows = lengths.rows_q;
     tile.seqlen_q = lengths.seqlen_q;
     tile.seqlen_k = lengths.seqlen_k;
     if (next.state == Tile::end) tile.sequence = -1;

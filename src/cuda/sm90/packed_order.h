@@ -4,31 +4,11 @@
 #pragma once
 
 #include "cuda/attn/key_blocks.h"
+#include "cuda/attn/sequence_lengths.h"
 #include "cuda/sm90/params.h"
 #include "cuda/sm90/tile_order.h"
 
 namespace anyflash::sm90 {
-
-/// The lengths of one sequence: rows that exist, and those that are used.
-struct SequenceLengths {
-  int first_q, first_k; // rows of the sequence in packed tensors
-  int rows;
-  int seqlen_q, seqlen_k;
-
-  DEVICE SequenceLengths(const AttentionParams& p, int sequence) {
-    first_q = first_k = 0;
-    rows = p.seqlen_q;
-    seqlen_k = p.seqlen_k;
-    if (p.cu_seqlens_q) {
-      first_q = p.cu_seqlens_q[sequence];
-      first_k = p.cu_seqlens_k[sequence];
-      rows = p.cu_seqlens_q[sequence + 1] - first_q;
-      seqlen_k = p.cu_seqlens_k[sequence + 1] - first_k;
-    }
-    seqlen_q = p.seqused_q ? min(rows, p.seqused_q[sequence]) : rows;
-    if (p.seqused_k) seqlen_k = min(seqlen_k, p.seqused_k[sequence]);
-  }
-};
 
 /// Tiles in classes of their size, the number of key blocks that they see: each class down to
 /// 1 / sqrt(2) of the class before. In a class: sequences in their order, 32 at a time, one a lane;
@@ -37,7 +17,7 @@ template <class Row>
 class PackedOrder {
 public:
   DEVICE explicit PackedOrder(const ForwardParams& p)
-      : above_(detail::ceil_div(p.seqlen_k, Row::Bc) + 1) {}
+      : above_(max(1, detail::ceil_div(p.seqlen_k, Row::Bc)) + 1) {} // tiles without keys, too
 
   /// By a warp: the next tile of this thread block. O(classes batch / 32) over all calls.
   DEVICE Tile next(const ForwardParams& p) {
@@ -74,15 +54,14 @@ private:
   /// estimate: a window counts with its whole width.
   DEVICE static int first_block(const ForwardParams& p, const SequenceLengths& l, int key_blocks) {
     constexpr int unbounded = 1 << 29;
-    const int blocks = detail::ceil_div(l.rows, Row::Br);
+    const int blocks = detail::ceil_div(l.rows_q, Row::Br);
     int most = detail::ceil_div(l.seqlen_k, Row::Bc);
     if (max(p.window_left, p.window_right) < unbounded)
       most = min(most, detail::ceil_div(Row::Br + p.window_left + p.window_right, Row::Bc) + 1);
     if (key_blocks <= 1) return 0;
     if (key_blocks > most) return blocks;
     const int keys = (key_blocks - 1) * Row::Bc + 1; // that its last query must see
-    const int diagonal = l.seqlen_k - l.seqlen_q;
-    const int queries = keys - diagonal - p.window_right;
+    const int queries = keys - l.diagonal() - p.window_right;
     return min(blocks, max(0, detail::ceil_div(queries, Row::Br) - 1));
   }
 
