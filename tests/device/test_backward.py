@@ -11,8 +11,9 @@ torch = pytest.importorskip("torch", reason="the device tests need torch")
 anyflash = pytest.importorskip("anyflash", reason="anyflash is not installed")
 
 from accuracy import gradient_formula, worst_gradient_violation
-from case_list import load_cases
+from case_list import case_of, load_cases
 from case_tensors import prepare_backward
+from random_cases import random_line
 
 ON_GPU = os.environ.get("ANYFLASH_TEST_DEVICE", "cuda") == "cuda"
 CASES = {case.name: case for case in load_cases("device" if ON_GPU else "everywhere")}
@@ -38,6 +39,15 @@ def _supported(device):
 def test_case(name, dtype, device):
     call = prepare_backward(CASES[name], dtype, device)
     result = call.run(anyflash)
+    assert worst_gradient_violation(result, call.forward.inputs, call.cotangents, dtype) is None
+    assert call.untouched(), "memory around a gradient was written"
+
+
+@pytest.mark.parametrize("seed", range(200 if ON_GPU else 20))
+def test_random_case(seed, device):
+    dtype = DTYPES[seed % len(DTYPES)]
+    call = prepare_backward(case_of(random_line(seed)), dtype, device)
+    result = call.run(anyflash, deterministic=seed % 3 == 0)
     assert worst_gradient_violation(result, call.forward.inputs, call.cotangents, dtype) is None
     assert call.untouched(), "memory around a gradient was written"
 

@@ -10,8 +10,9 @@ torch = pytest.importorskip("torch", reason="the device tests need torch")
 anyflash = pytest.importorskip("anyflash", reason="anyflash is not installed")
 
 from accuracy import formula, worst_violation
-from case_list import load_cases
+from case_list import case_of, load_cases
 from case_tensors import prepare
+from random_cases import random_line
 
 ON_GPU = os.environ.get("ANYFLASH_TEST_DEVICE", "cuda") == "cuda"
 CASES = {case.name: case for case in load_cases("device" if ON_GPU else "everywhere")}
@@ -28,6 +29,14 @@ def test_case(name, dtype, device):
     call = prepare(CASES[name], dtype, device)
     result = run(call)
     assert worst_violation(result, call.inputs, dtype) is None
+    assert call.untouched(), "memory around the output was written"
+
+
+@pytest.mark.parametrize("seed", range(200 if ON_GPU else 20))
+def test_random_case(seed, device):
+    dtype = DTYPES[seed % len(DTYPES)]
+    call = prepare(case_of(random_line(seed)), dtype, device)
+    assert worst_violation(run(call), call.inputs, dtype) is None
     assert call.untouched(), "memory around the output was written"
 
 
