@@ -29,7 +29,7 @@ def random_line(seed: int) -> dict[str, Any]:
     if draw.random() < 0.15:
         line["alibi"] = draw.choice(["h", "bh"])
     if draw.random() < 0.1:
-        line["scale"] = draw.choice([-0.2, 0.0, 0.5])
+        line["scale"] = draw.choice([-1.5, 0.0, 2.0]) / line["d"] ** 0.5
     line["layout"] = draw.choice(["contiguous", "contiguous", "transposed", "gaps", "odd"])
     return line
 
