@@ -75,6 +75,23 @@ def test_same_bits_from_run_to_run(name, device):
         assert torch.equal(again.lse.view(torch.int32), lse.view(torch.int32))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_nan_and_overflow_show_in_their_rows_alone(d, bad, device):
+    """Who trains in 16 bit looks for them: a loss scaler, for one."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 150, 2, d, device=device, dtype=torch.bfloat16)
+    q[0, 33, 0, 1] = bad
+    q.requires_grad_()
+    o, lse = anyflash.attention(q, k, v, return_lse=True)
+    (dq,) = torch.autograd.grad(o.float().sum(), q)
+    ill = torch.zeros(150, 2, dtype=torch.bool, device=device)
+    ill[33, 0] = True
+    assert torch.equal(o[0].isnan().any(-1), ill)
+    assert torch.equal(lse[0].isnan().T, ill)
+    assert torch.equal(dq[0].isnan().any(-1), ill)
+
+
 @pytest.mark.parametrize("name", ["plain", "mqa", "softcap", "large values", "d 256"])
 def test_order_of_keys_does_not_matter(name, device):
     call = prepare(CASES[name], "float16", device)

@@ -7,7 +7,7 @@
 namespace anyflash {
 
 /// O /= l and L = ln(2^m l) for the rows of one warp, which start at query `first_query`. Rows
-/// without a key, and those past the used length, get O = 0, L = -inf.
+/// without a key, and those past the used length, get O = 0, L = -inf; NaN stays NaN.
 template <class Output, class State, class Block>
 DEVICE void normalise(Output& o, State& state, const ForwardParams& p, const Block& block,
                       int first_query) {
@@ -15,7 +15,7 @@ DEVICE void normalise(Output& o, State& state, const ForwardParams& p, const Blo
   for (int r = 0; r < Output::rows; ++r) {
     const int query = first_query + Output::row(r);
     const float l = row_sum(state.l[r]);
-    const bool empty = !(l > 0) || query >= block.seqlen_q;
+    const bool empty = l == 0 || query >= block.seqlen_q;
     const float inverse = empty ? 0 : 1 / l;
     UNROLL
     for (int c = 0; c < Output::columns; ++c) o(r, c) *= inverse;

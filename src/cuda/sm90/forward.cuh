@@ -261,14 +261,14 @@ private:
   }
 
   /// O /= l, and L = ln(2^m l) to global memory. Rows without a key, and those past the used
-  /// length, get O = 0, L = -inf.
+  /// length, get O = 0, L = -inf; NaN stays NaN.
   DEVICE void finish(typename F::Output& o) {
     const int query = first_query();
     UNROLL
     for (int r = 0; r < 2; ++r) {
       const int row = query + F::Output::row(r);
       const float l = row_sum(softmax_.l[r]);
-      const bool empty = !(l > 0) || row >= tile_.seqlen_q;
+      const bool empty = l == 0 || row >= tile_.seqlen_q;
       const float inverse = 1 / l;
       UNROLL
       for (int c = 0; c < F::Output::columns; ++c) o(r, c) = empty ? 0 : o(r, c) * inverse;

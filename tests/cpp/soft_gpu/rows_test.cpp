@@ -2,9 +2,11 @@
 #include <dlfcn.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <limits>
 #include <memory>
 #include <random>
 #include <set>
@@ -155,6 +157,39 @@ TEST(PackedOrder, HundredsOfSequences) {
   ASSERT_NO_THROW(run(computed.problem(), hopper));
   EXPECT_EQ(violation(computed, expected(c, DType::bfloat16)), "");
 }
+
+class Infection : public testing::TestWithParam<std::tuple<int, Target>> {};
+
+/// Who trains looks for NaN: a query with one, or with an infinity, has NaN in its O, L and dQ, and
+/// no other query has.
+TEST_P(Infection, ShowsInItsRowAlone) {
+  const auto& [d, target] = GetParam();
+  SCOPED_TRACE("SOFT_GPU_SEED=" + std::to_string(seed));
+  constexpr int64_t ill = 33;
+  for (const double bad : {std::numeric_limits<double>::quiet_NaN(), HUGE_VAL}) {
+    CaseProblem computed(make_case("nan", d, 70, 150), DType::bfloat16);
+    computed.q.set(computed.q.at(0, ill, 0, 1), bad);
+    computed.poison();
+    run(computed.problem(), target);
+    run(computed.backward_problem(), target);
+    const auto is_nan = [](const Strided& x, int64_t row) {
+      return std::isnan(x.get(x.at(0, row, 0, 0)));
+    };
+    for (int64_t row = 0; row < 70; ++row) {
+      EXPECT_EQ(std::isnan(computed.lse[static_cast<size_t>(row)]), row == ill) << row;
+      EXPECT_EQ(is_nan(computed.o, row), row == ill) << row;
+      EXPECT_EQ(is_nan(computed.dq, row), row == ill) << row;
+    }
+    EXPECT_TRUE(is_nan(computed.dk, 0));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Rows, Infection,
+                         testing::Combine(testing::Values(64, 128), testing::ValuesIn(targets)),
+                         [](const auto& info) {
+                           return "d" + std::to_string(std::get<0>(info.param)) + "_" +
+                                  std::get<1>(info.param).image;
+                         });
 
 class Reproducible : public testing::TestWithParam<std::tuple<int, Target>> {};
 
