@@ -158,7 +158,15 @@ TEST(PackedOrder, HundredsOfSequences) {
   EXPECT_EQ(violation(computed, expected(c, DType::bfloat16)), "");
 }
 
-class Infection : public testing::TestWithParam<std::tuple<int, Target>> {};
+/// A head dim on an image.
+using Dim = std::tuple<int, Target>;
+
+std::string name_of_dim(const testing::TestParamInfo<Dim>& info) {
+  const auto& [d, target] = info.param;
+  return "d" + std::to_string(d) + "_" + target.image;
+}
+
+class Infection : public testing::TestWithParam<Dim> {};
 
 /// Who trains looks for NaN: a query with one, or with an infinity, has NaN in its O, L and dQ, and
 /// no other query has.
@@ -186,12 +194,9 @@ TEST_P(Infection, ShowsInItsRowAlone) {
 
 INSTANTIATE_TEST_SUITE_P(Rows, Infection,
                          testing::Combine(testing::Values(64, 128), testing::ValuesIn(targets)),
-                         [](const auto& info) {
-                           return "d" + std::to_string(std::get<0>(info.param)) + "_" +
-                                  std::get<1>(info.param).image;
-                         });
+                         name_of_dim);
 
-class Reproducible : public testing::TestWithParam<std::tuple<int, Target>> {};
+class Reproducible : public testing::TestWithParam<Dim> {};
 
 /// dK and dV always, dQ where asked, whoever runs first. One head: its key blocks run side by side.
 TEST_P(Reproducible, BitEqualInEveryOrder) {
@@ -217,10 +222,7 @@ TEST_P(Reproducible, BitEqualInEveryOrder) {
 
 INSTANTIATE_TEST_SUITE_P(Rows, Reproducible,
                          testing::Combine(testing::Values(64, 256), testing::ValuesIn(targets)),
-                         [](const auto& info) {
-                           return "d" + std::to_string(std::get<0>(info.param)) + "_" +
-                                  std::get<1>(info.param).image;
-                         });
+                         name_of_dim);
 
 /// The list reaches the whole table, so that nothing in it was never run.
 TEST(Coverage, EveryRowIsReachedByTheList) {
