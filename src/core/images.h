@@ -10,11 +10,13 @@
 
 namespace anyflash {
 
-/// What choosing an image depends on: the GPU as it really is (ANYFLASH_PLAN_FOR aside).
+/// A GPU as it really is (ANYFLASH_PLAN_FOR aside).
 struct Gpu {
   std::string name;
   int compute_capability = 0; // 90
   int driver = 0;             // 12040
+  int multiprocessors = 0;
+  int shared_bytes = 0; // dynamic shared memory that one block may ask for
 };
 
 /// The machine code that serves a row on a GPU: the table's image, or one of the GPU's own when the

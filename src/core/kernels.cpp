@@ -37,7 +37,8 @@ struct Devices {
       DeviceState& state = states[static_cast<size_t>(i)];
       driver.check(driver.DeviceGet(&state.device, i), "cuDeviceGet");
       state.gpu = {driver.name(state.device), driver.compute_capability(state.device),
-                   driver.version};
+                   driver.version, driver.attribute(state.device, cuda::multiprocessor_count),
+                   driver.attribute(state.device, cuda::max_shared_memory_per_block_optin)};
     }
   }
 };

@@ -115,17 +115,14 @@ void warm_up(const anyflash_plan& plan) {
 
 anyflash_device get_gpu(int index) {
   const Gpu& gpu = gpu_at(index);
-  const cuda::Driver& driver = cuda::driver();
-  cuda::Device handle = 0;
-  driver.check(driver.DeviceGet(&handle, index), "cuDeviceGet");
   anyflash_device device{};
   device.struct_size = sizeof device;
   device.type = ANYFLASH_CUDA;
   device.index = index;
   device.compute_capability = gpu.compute_capability;
-  device.multiprocessors = driver.attribute(handle, cuda::multiprocessor_count);
-  device.shared_bytes = driver.attribute(handle, cuda::max_shared_memory_per_block_optin);
-  device.driver = driver.version;
+  device.multiprocessors = gpu.multiprocessors;
+  device.shared_bytes = gpu.shared_bytes;
+  device.driver = gpu.driver;
   if (const int planned = planned_capability()) {
     device.compute_capability = planned;
     device.shared_bytes = std::min(device.shared_bytes, describe_gpu(planned).shared_bytes);
