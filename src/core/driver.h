@@ -33,13 +33,14 @@ struct LaunchAttribute {
   int padding;
   union {
     int value;
+    unsigned blocks[3]; // of a cluster
     char bytes[64];
   };
 };
 static_assert(sizeof(LaunchAttribute) == 72);
 
 /// CUlaunchAttributeID
-enum LaunchAttributeId { programmatic_stream_serialization = 6 };
+enum LaunchAttributeId { cluster_dimension = 4, programmatic_stream_serialization = 6 };
 
 /// CUdevice_attribute
 enum DeviceAttribute {

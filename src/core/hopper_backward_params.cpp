@@ -42,7 +42,8 @@ sm90::BackwardParams hopper_backward_params(const Problem& problem, const Row& r
     return reinterpret_cast<int32_t*>(static_cast<char*>(workspace) + offset);
   };
   p.tickets = counters(layout.tickets);
-  const int64_t blocks = (problem.seqlen_k + row.Bc - 1) / row.Bc;
+  const int64_t keys = row.Bc * row.cluster(); // of a ticket
+  const int64_t blocks = (problem.seqlen_k + keys - 1) / keys;
   const int64_t heads = problem.heads_k * problem.batch;
   const int64_t section =
       problem.deterministic ? std::min(heads, heads_that_take_turns(problem, row)) : 1;
@@ -51,7 +52,7 @@ sm90::BackwardParams hopper_backward_params(const Problem& problem, const Row& r
   p.key_section_blocks = make_divisor(section * std::max<int64_t>(1, blocks));
   p.key_blocks = static_cast<uint32_t>(blocks * problem.heads_k * problem.batch);
   if (problem.deterministic || problem.seqlen_q == 0 || blocks == 0) return p;
-  const int64_t ahead = heads_ahead(blocks, multiprocessors);
+  const int64_t ahead = heads_ahead(blocks, multiprocessors / row.cluster());
   p.heads_ahead = static_cast<uint32_t>(std::min(ahead, heads));
   if (ahead < heads) p.zeroed = counters(layout.zeroed);
   return p;

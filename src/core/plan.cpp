@@ -221,12 +221,14 @@ anyflash_plan plan_on_gpu(const Problem& problem, const anyflash_device& device)
     throw NotSupported("asked: gradients of " + to_string(problem.heads_k) +
                        " key heads without a query head; available: at least one query head; "
                        "missing: kernels for it: they are 0");
+  const auto cluster = static_cast<uint32_t>(row->cluster());
   const uint32_t of_keys =
-      grid_of("key", ceil_div(problem.seqlen_k, row->Bc), problem.heads_k, problem.batch);
+      grid_of("key", ceil_div(problem.seqlen_k, row->Bc * row->cluster()) * row->cluster(),
+              problem.heads_k, problem.batch);
   // Thread blocks of the sm90 family stay and take one key block after the other, from a counter
   // that the kernel before sets to 0 even where there is no query.
   const bool stay = row->family == "sm90";
-  const auto resident = static_cast<uint32_t>(device.multiprocessors);
+  const auto resident = static_cast<uint32_t>(device.multiprocessors) / cluster * cluster;
   add_launch(plan, *row, ANYFLASH_KERNEL_PRE, stay ? std::max(of_queries, 1u) : of_queries);
   add_launch(plan, *row, ANYFLASH_KERNEL, stay ? std::min(of_keys, resident) : of_keys);
   add_launch(plan, *row, ANYFLASH_KERNEL_POST, of_queries);

@@ -128,7 +128,8 @@ std::span<const EntryPoint> entries_of(std::string_view op) {
 int Row::shared_bytes() const {
   if (op == "backward" && family == "sm90")
     return sm90::backward_shared(d, dv, Br, Bc, constant("kv_stages", 1), constant("q_stages", 1),
-                                 constant("o_stages", 1))
+                                 constant("o_stages", 1), cluster(), constant("peer_stages", 0),
+                                 constant("direct_v", 0))
         .end;
   if (family == "sm90")
     return sm90::ForwardShared(d, dv, Br, Bc, constant("stages", 1), constant("q_stages", 1),

@@ -41,6 +41,8 @@ struct Row {
 
   /// A named constant of the row; `missing` when the row does not state it.
   int constant(std::string_view name, int missing) const;
+  /// Thread blocks that share the work of `cluster` blocks of keys.
+  int cluster() const { return constant("cluster", 1); }
   int threads() const { return 32 * constant("warps", 0); }
   /// Threads of an entry: those around the main kernel may have another number.
   int threads(anyflash_entry entry) const {

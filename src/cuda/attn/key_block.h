@@ -58,9 +58,13 @@ struct KeyBlock {
   /// the end make every one of them an edge: such keys are 0, but not their P = exp2(0 - L), which
   /// may even be infinite.
   DEVICE KeyBlocks queries(const AttentionParams& p) const {
+    return queries(p, first_key, Row::Bc);
+  }
+  /// Those that see some of `keys` keys from `first` on.
+  DEVICE KeyBlocks queries(const AttentionParams& p, int first, int keys) const {
     KeyBlocks blocks =
-        key_blocks(first_key, Row::Bc, Row::Br, seqlen_k, seqlen_q, p.window_right, p.window_left);
-    if (first_key + Row::Bc > seqlen_k) blocks.full_begin = blocks.end;
+        key_blocks(first, keys, Row::Br, seqlen_k, seqlen_q, p.window_right, p.window_left);
+    if (first + keys > seqlen_k) blocks.full_begin = blocks.end;
     return blocks;
   }
 

@@ -4,10 +4,14 @@
 
 #include "cuda/sm90/backward/consumer_by_columns.h"
 #include "cuda/sm90/backward/consumer_by_keys.h"
+#include "cuda/sm90/backward/consumer_in_pair.h"
 #include "cuda/sm90/backward/consumer_of_columns.h"
 #include "cuda/sm90/backward/consumer_of_keys.h"
 #include "cuda/sm90/backward/consumer_of_queries.h"
 #include "cuda/sm90/backward/consumer_of_scores.h"
+#include "cuda/sm90/backward/queries_in_pair.h"
+#include "cuda/sm90/backward/scores_in_pair.h"
+#include "cuda/sm90/backward/sender.h"
 #include "cuda/sm90/backward/zero_sums.h"
 
 namespace anyflash::sm90 {
@@ -21,6 +25,8 @@ DEVICE void consume(const BackwardParams& p, char* shared_memory, int index) {
     ConsumerOfKeys<Row>(p, shared_memory, index).run();
   } else if constexpr (F::by_keys) {
     ConsumerByKeys<Row>(p, shared_memory, index).run();
+  } else if constexpr (F::pair) {
+    ConsumerInPair<Row>(p, shared_memory, index).run();
   } else if constexpr (F::apart) {
     if (first == second || index == 0)
       ConsumerOfColumns<Row, first>(p, shared_memory, index).run();
@@ -43,7 +49,10 @@ DEVICE void serve(const BackwardParams& p, char* shared_memory) {
     if (p.turns) wait_for_turns<Row>(p, shared_memory);
     if (p.zeroed) zero_sums_ahead<Row>(p, shared_memory);
   } else if (warp == 1) {
-    if (p.turns) pass_turns_on<Row>(p, shared_memory);
+    if constexpr (F::pair)
+      Sender<Row>(p, shared_memory).run();
+    else if (p.turns)
+      pass_turns_on<Row>(p, shared_memory);
   } else if (lane_index() == 0) {
     if (warp == 2)
       Scheduler<Row>(p, shared_memory).run();
@@ -58,10 +67,13 @@ DEVICE void backward(const BackwardParams& p) {
   using F = Backward<Row>;
   extern __shared__ __align__(1024) char shared_memory[];
   if (threadIdx.x == 0) {
-    const int watchers = p.turns ? 2 : p.zeroed ? 1 : 0;
+    const int watchers = p.turns ? 2 : (p.zeroed ? 1 : 0) + F::pair;
     BackwardBarriers<Row>{shared_address(shared_memory) + F::at.barriers}.init(watchers);
   }
-  __syncthreads();
+  if constexpr (F::pair)
+    cluster_sync();
+  else
+    __syncthreads();
   wait_for_kernel_before();
   let_next_kernel_start();
   const int warpgroup = warpgroup_index();
@@ -73,11 +85,16 @@ DEVICE void backward(const BackwardParams& p) {
     consume<Row>(p, shared_memory, warpgroup - 1);
   } else if constexpr (F::apart) {
     fewer_registers<F::apart_registers>();
-    if constexpr (F::by_keys)
+    if constexpr (F::by_keys && F::pair)
+      QueriesInPair<Row>(p, shared_memory).run();
+    else if constexpr (F::by_keys)
       ConsumerOfQueries<Row>(p, shared_memory).run();
+    else if constexpr (F::pair)
+      ScoresInPair<Row>(p, shared_memory).run();
     else
       ConsumerOfScores<Row>(p, shared_memory).run();
   }
+  if constexpr (F::pair) cluster_sync(); // the other block needs this one's barriers
 }
 
 } // namespace anyflash::sm90

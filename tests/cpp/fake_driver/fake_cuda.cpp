@@ -13,10 +13,15 @@ thread_local int mode = 0; // global
 
 Context primary[device_count] = {{0}, {1}, {2}, {3}, {4}, {5}};
 
+struct Attribute { // CUlaunchAttribute
+  int id, padding;
+  unsigned blocks[16];
+};
+
 struct Config { // CUlaunchConfig
   unsigned grid[3], block[3], shared_bytes;
   void* stream;
-  void* attributes;
+  const Attribute* attributes;
   unsigned attribute_count;
 };
 
@@ -138,6 +143,7 @@ int kernel_set_attribute(int attribute, int value, Kernel* kernel, int device) {
   state().attributes.push_back({kernel, attribute, value, device});
   return 0;
 }
+constexpr int cluster_dimension = 4; // CUlaunchAttributeID
 int launch_kernel_ex(const Config* config, Kernel* kernel, void** params, void**) {
   const std::lock_guard lock(state().mutex); // kernels run one after the other
   if (const int status = state().fail_next_launch_with) {
@@ -151,6 +157,9 @@ int launch_kernel_ex(const Config* config, Kernel* kernel, void** params, void**
   std::memcpy(launch.grid, config->grid, sizeof launch.grid);
   std::memcpy(launch.block, config->block, sizeof launch.block);
   launch.shared_bytes = config->shared_bytes;
+  for (unsigned i = 0; i < config->attribute_count; ++i)
+    if (config->attributes[i].id == cluster_dimension)
+      launch.cluster = config->attributes[i].blocks[0];
   launch.stream = config->stream;
   if (state().execute) {
     state().failure = state().execute(launch, params[0]);

@@ -32,6 +32,7 @@ struct Launch {
   const Kernel* kernel = nullptr;
   const Context* context = nullptr;
   unsigned grid[3] = {}, block[3] = {};
+  unsigned cluster = 1; // blocks
   unsigned shared_bytes = 0;
   void* stream = nullptr;
   std::vector<unsigned char> params;

@@ -216,6 +216,27 @@ TEST_F(LaunchTest, TheBackwardRunsTheEntriesOfItsRowInOrder) {
   }
 }
 
+TEST_F(LaunchTest, PairsOfThreadBlocksAreLaunchedTogether) {
+  const auto is_wanted = [](const Row& row) { return row.op == "backward" && row.cluster() == 2; };
+  const Row& row = *std::ranges::find_if(rows(), is_wanted);
+  ship(row, {"90a"}, "pairs");
+  Problem problem = problem_of(row, 0);
+  problem.op = ANYFLASH_BACKWARD;
+  for (View* view : {&problem.q, &problem.k, &problem.v, &problem.dout})
+    *view = {reinterpret_cast<void*>(0x1000), 1000 * 4 * 256, 4 * 256, 256};
+  anyflash_plan plan{};
+  plan.device.index = 0;
+  plan.device.multiprocessors = 132;
+  plan.launch_count = 2;
+  plan.launches[0] = {row.id, ANYFLASH_KERNEL_PRE, {8, 1, 1}, 128, 0};
+  plan.launches[1] = {row.id, ANYFLASH_KERNEL, {8, 1, 1}, 128, 0};
+  char workspace[1];
+  launch(plan, problem, workspace, nullptr);
+  ASSERT_EQ(launches().size(), 2u);
+  EXPECT_EQ(launches()[0].cluster, 1u);
+  EXPECT_EQ(launches()[1].cluster, 2u);
+}
+
 TEST_F(LaunchTest, LoadsOnceAndSetsSharedMemoryOnce) {
   const Row& row = next_row();
   ship(row, {"90"}, "machine code");

@@ -32,6 +32,7 @@ void Block::begin(const Launch& new_launch, Index new_index) {
   named_.clear();
   copies_.clear();
   fault_.clear();
+  at_cluster_barrier_.clear();
   random_.seed(new_launch.seed + 7919 * new_index.x);
   count_ = alive_ = static_cast<int>(new_launch.threads);
   while (threads_.size() < new_launch.threads) threads_.push_back(std::make_unique<Thread>());
@@ -47,39 +48,102 @@ void Block::begin(const Launch& new_launch, Index new_index) {
   products_ = std::vector<Products>((warps_.size() + warpgroup_warps - 1) / warpgroup_warps);
 }
 
-void Block::run(const Launch& new_launch, Index new_index) {
+void Block::run(const Launch& new_launch, Index new_index, Cluster& cluster) {
   at_work = this;
-  begin(new_launch, new_index);
+  cluster_ = &cluster;
+  const size_t rank = new_index.x % new_launch.cluster;
+  {
+    const std::lock_guard lock(cluster.mutex);
+    begin(new_launch, new_index);
+    cluster.blocks[rank] = this;
+    ++cluster.begun;
+  }
   auto last_progress = std::chrono::steady_clock::now();
-  while (!all_over()) {
-    std::vector<size_t> candidates;
-    for (size_t w = 0; w < warps_.size(); ++w)
-      if (is_ready(w)) candidates.push_back(w);
+  while (!all_over() && fault_.empty()) {
     bool moved = false;
-    if (!candidates.empty()) moved = run_warp(candidates[random_() % candidates.size()]);
-    if (!fault_.empty()) break;
-    while (!copies_.empty() && (candidates.empty() || chance())) {
-      run_copy(random_() % copies_.size());
-      moved = true;
-      if (candidates.empty()) break;
+    {
+      const std::lock_guard lock(cluster.mutex);
+      if (!cluster.fault.empty()) break;
+      try {
+        moved = move();
+      } catch (const std::exception& error) {
+        fault_ = error.what();
+      }
+      if (fault_.empty() && !moved && cluster.is_stuck()) fault_ = "deadlock" + who_waits();
+      if (!fault_.empty()) cluster.fault = "block " + std::to_string(index.x) + ": " + fault_;
     }
-    if (!fault_.empty()) break;
     const auto now = std::chrono::steady_clock::now();
     if (moved) {
       last_progress = now;
-    } else if (candidates.empty() && !all_over()) {
-      fault_ = "deadlock" + who_waits();
-      break;
     } else {
       std::this_thread::yield();
-      if (now - last_progress > patience) {
+      if (now - last_progress > patience)
         fault_ = "threads look at memory that does not change" + who_waits();
-        break;
-      }
     }
   }
-  if (fault_.empty()) end();
-  if (!fault_.empty()) throw std::runtime_error("block " + std::to_string(index.x) + ": " + fault_);
+  const std::lock_guard lock(cluster.mutex);
+  if (fault_.empty() && cluster.fault.empty()) end();
+  if (!fault_.empty() && cluster.fault.empty())
+    cluster.fault = "block " + std::to_string(index.x) + ": " + fault_;
+  cluster.blocks[rank] = nullptr;
+  if (!cluster.fault.empty()) throw std::runtime_error(cluster.fault);
+}
+
+/// Lets a warp run for a while, and copies. False if nothing did anything but look at memory.
+bool Block::move() {
+  std::vector<size_t> candidates;
+  for (size_t w = 0; w < warps_.size(); ++w)
+    if (is_ready(w)) candidates.push_back(w);
+  bool moved = false;
+  if (!candidates.empty()) moved = run_warp(candidates[random_() % candidates.size()]);
+  while (fault_.empty() && !copies_.empty() && (candidates.empty() || chance())) {
+    run_copy(random_() % copies_.size());
+    moved = true;
+    if (candidates.empty()) break;
+  }
+  return moved;
+}
+
+bool Block::can_move() const {
+  if (!copies_.empty()) return true;
+  for (size_t w = 0; w < warps_.size(); ++w)
+    if (is_ready(w)) return true;
+  return false;
+}
+
+bool Cluster::is_stuck() const {
+  return begun == blocks.size() && std::none_of(blocks.begin(), blocks.end(),
+                                                [](const Block* b) { return b && b->can_move(); });
+}
+
+bool Cluster::all_arrived() const {
+  int alive = 0;
+  for (const Block* b : blocks) alive += b ? b->alive() : 0;
+  return begun == blocks.size() && arrived == alive;
+}
+
+Block& Block::member(int rank) {
+  const auto place = static_cast<size_t>(rank);
+  if (place >= cluster_->blocks.size()) fail("a cluster without block " + std::to_string(rank));
+  Block* const it = cluster_->blocks[place];
+  if (!it || it->all_over() || !it->window)
+    fail("block " + std::to_string(rank) + " of the cluster does not run, or not yet");
+  return *it;
+}
+
+void Block::cluster_barrier() {
+  ++cluster_->arrived;
+  at_cluster_barrier_.push_back(current_);
+  if (cluster_->all_arrived())
+    open_cluster_barrier();
+  else
+    wait("the cluster's barrier");
+}
+
+void Block::open_cluster_barrier() {
+  cluster_->arrived = 0;
+  for (Block* block : cluster_->blocks)
+    if (block) block->wake(block->at_cluster_barrier_);
 }
 
 bool Block::is_ready(size_t warp) const {
@@ -137,7 +201,7 @@ std::string Block::who_waits() const {
 }
 
 void Block::fail(const std::string& what) {
-  if (!inside_) throw std::runtime_error("block " + std::to_string(index.x) + ": " + what);
+  if (!inside_) throw std::runtime_error(what);
   fault_ = "thread " + std::to_string(current_) + ": " + what;
   while (true) Fiber::stop(); // nobody resumes it
 }
@@ -175,6 +239,7 @@ void Block::thread_is_over() {
     all.arrived = 0;
     wake(all.waiting);
   }
+  if (cluster_->arrived > 0 && cluster_->all_arrived()) open_cluster_barrier();
 }
 
 void Block::together(Act act, void* mine) {
@@ -233,9 +298,10 @@ void Block::run_copy(size_t i) {
   copies_.erase(copies_.begin() + static_cast<std::ptrdiff_t>(i));
   copy.run();
   if (!copy.barrier) return;
-  MBarrier& barrier = mbarriers.at(copy.barrier);
+  Block& there = copy.rank < 0 ? *this : member(copy.rank);
+  MBarrier& barrier = there.mbarriers.at(copy.barrier);
   barrier.bytes -= copy.bytes;
-  if (barrier.bytes == 0 && barrier.missing == 0) settle(barrier);
+  if (barrier.bytes == 0 && barrier.missing == 0) there.settle(barrier);
 }
 
 /// Everything that a thread has in its bulk groups up to `group`.
@@ -250,27 +316,37 @@ void Block::finish_copies(int thread, int group) {
 
 void run_grid(const Launch& launch) {
   const unsigned blocks = launch.grid.x * launch.grid.y * launch.grid.z;
-  std::atomic<unsigned> next{0};
+  if (launch.grid.x % launch.cluster) throw std::runtime_error("a grid of broken clusters");
+  std::vector<Cluster> clusters(blocks / launch.cluster);
+  for (Cluster& cluster : clusters) cluster.blocks.resize(launch.cluster);
+  // More than there are processors: blocks then run side by side in ever other orders.
+  const unsigned multiprocessors = 8;
+  const unsigned groups =
+      std::min(multiprocessors / launch.cluster, static_cast<unsigned>(clusters.size()));
+  std::atomic<bool> failed{false};
   std::mutex mutex;
   std::string fault;
-  const auto work = [&] {
+  const auto work = [&](unsigned multiprocessor) {
     static thread_local Block own;
-    for (unsigned i; (i = next++) < blocks;) {
+    const unsigned rank = multiprocessor % launch.cluster;
+    for (unsigned i = multiprocessor / launch.cluster; i < clusters.size() && !failed;
+         i += groups) {
+      const unsigned b = i * launch.cluster + rank;
       try {
-        own.run(launch, {i % launch.grid.x, i / launch.grid.x % launch.grid.y,
-                         i / launch.grid.x / launch.grid.y});
+        own.run(launch,
+                {b % launch.grid.x, b / launch.grid.x % launch.grid.y,
+                 b / launch.grid.x / launch.grid.y},
+                clusters[i]);
       } catch (const std::exception& error) {
         const std::lock_guard lock(mutex);
         if (fault.empty()) fault = error.what();
-        next = blocks;
+        failed = true;
       }
     }
   };
-  // More than there are processors: blocks then run side by side in ever other orders.
-  constexpr unsigned multiprocessors = 8;
   std::vector<std::thread> helpers;
-  for (unsigned i = 1; i < std::min(blocks, multiprocessors); ++i) helpers.emplace_back(work);
-  work();
+  for (unsigned i = 1; i < groups * launch.cluster; ++i) helpers.emplace_back(work, i);
+  if (groups > 0) work(0);
   for (std::thread& helper : helpers) helper.join();
   if (!fault.empty()) throw std::runtime_error(fault);
 }

@@ -8,6 +8,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <span>
 #include <stdexcept>
@@ -26,6 +27,7 @@ struct Launch {
   Entry entry;
   const void* params;
   Index grid;
+  unsigned cluster; // blocks, neighbours along x
   unsigned threads, shared_bytes;
   unsigned seed;
 };
@@ -35,6 +37,7 @@ struct Copy {
   std::function<void()> run;
   uint32_t barrier = 0, bytes = 0; // of a load
   int thread = -1, group = 0;      // of a store: whose, and in which bulk group
+  int rank = -1;                   // of the block whose barrier it is; -1: this one's
 };
 
 /// A copy of 16 bytes that a thread has started.
@@ -114,10 +117,25 @@ struct Products {
   std::vector<int> waiting;
 };
 
+class Block;
+
+/// Blocks side by side, each on a thread of the processor of its own; one of them moves at a time.
+struct Cluster {
+  std::mutex mutex;
+  std::vector<Block*> blocks; // by rank; null before and after it runs
+  size_t begun = 0;
+  int arrived = 0; // threads at the cluster's barrier
+  std::string fault;
+
+  bool all_arrived() const;
+  /// Nothing will ever move.
+  bool is_stuck() const;
+};
+
 class Block {
 public:
   /// Runs one block after the other; throws what() of the first fault.
-  void run(const Launch& launch, Index index);
+  void run(const Launch& launch, Index index, Cluster& cluster);
 
   // For threads of the block; see machine.h.
   void together(Act act, void* mine);
@@ -130,6 +148,9 @@ public:
   void start_copy(Copy copy);
   void run_copy(size_t i);
   void finish_copies(int thread, int group);
+  void cluster_barrier();
+  /// Another block, or this one.
+  Block& member(int rank);
   [[noreturn]] void fail(const std::string& what);
 
   Thread& self() { return *threads_[static_cast<size_t>(current_)]; }
@@ -137,6 +158,8 @@ public:
   Warp& warp() { return warps_[static_cast<size_t>(current_ / warp_lanes)]; }
   Products& products() { return products_[static_cast<size_t>(current_ / warpgroup_lanes)]; }
   bool chance() { return random_() & 1; }
+  bool can_move() const;
+  int alive() const { return alive_; }
   const Thread& thread(int number) const { return *threads_[static_cast<size_t>(number)]; }
 
   const Launch* launch = nullptr;
@@ -148,6 +171,8 @@ public:
 private:
   void begin(const Launch& launch, Index index);
   void end();
+  bool move();
+  void open_cluster_barrier();
   bool run_warp(size_t warp);
   bool is_ready(size_t warp) const;
   std::span<const std::unique_ptr<Thread>> lanes_of(size_t warp) const {
@@ -169,6 +194,8 @@ private:
   int current_ = 0, count_ = 0, alive_ = 0;
   bool yielded_ = false, inside_ = false; // of a thread
   std::string fault_;
+  Cluster* cluster_ = nullptr;
+  std::vector<int> at_cluster_barrier_;
 };
 
 /// The block that this thread of the processor works on.

@@ -48,8 +48,10 @@ uint32_t shared_address(const void* place) {
   return window_begin;
 }
 
-char* shared_place(uint32_t address, uint32_t bytes, uint32_t alignment) {
-  const Block& b = block();
+namespace {
+
+/// In the shared memory of any block.
+char* place_of(const Block& b, uint32_t address, uint32_t bytes, uint32_t alignment) {
   const uint32_t end = b.launch->shared_bytes ? window_begin + b.launch->shared_bytes : window_end;
   if (!b.window || address < window_begin || address + bytes > end)
     block().fail("outside of shared memory: " + std::to_string(bytes) + " bytes at " +
@@ -59,6 +61,12 @@ char* shared_place(uint32_t address, uint32_t bytes, uint32_t alignment) {
     block().fail("shared address " + std::to_string(address) + " is not on " +
                  std::to_string(alignment) + " bytes");
   return b.window + (address - window_begin);
+}
+
+} // namespace
+
+char* shared_place(uint32_t address, uint32_t bytes, uint32_t alignment) {
+  return place_of(block(), address, bytes, alignment);
 }
 
 char* shared_target(uint32_t address, uint32_t bytes, uint32_t alignment, int lane) {
@@ -88,13 +96,16 @@ char* read_by_engines(uint32_t address, uint32_t bytes, uint32_t alignment) {
   return place;
 }
 
-/// For what copies write there.
-char* written_by_engines(uint32_t address, uint32_t bytes, uint32_t alignment) {
-  char* const place = shared_place(address, bytes, alignment);
+/// For what copies write to the shared memory of a block.
+char* written_by_engines(Block& b, uint32_t address, uint32_t bytes, uint32_t alignment) {
+  char* const place = place_of(b, address, bytes, alignment);
   for (uint32_t i = (address - window_begin) / 16; i <= (address + bytes - 1 - window_begin) / 16;
        ++i)
-    block().written[i] = {};
+    b.written[i] = {};
   return place;
+}
+char* written_by_engines(uint32_t address, uint32_t bytes, uint32_t alignment) {
+  return written_by_engines(block(), address, bytes, alignment);
 }
 
 } // namespace
@@ -258,6 +269,60 @@ void bulk_wait(int pending) {
 }
 
 void fence_async() { ++self().fences; }
+
+// Clusters
+
+namespace {
+
+constexpr int rank_shift = 24;
+
+struct There {
+  int rank;
+  Block& block;
+  uint32_t address;
+};
+
+There at(uint32_t address) {
+  const int rank = static_cast<int>(address >> rank_shift) - 1;
+  if (rank < 0) fault("an address of no block of the cluster");
+  return {rank, block().member(rank), address & ((1u << rank_shift) - 1)};
+}
+
+} // namespace
+
+uint32_t cluster_address(int rank, uint32_t address) {
+  return address + (static_cast<uint32_t>(rank + 1) << rank_shift);
+}
+
+void cluster_barrier() { block().cluster_barrier(); }
+
+void cluster_store(uint32_t there, uint32_t value) {
+  const There to = at(there);
+  std::memcpy(place_of(to.block, to.address, 4, 4), &value, 4);
+}
+
+void cluster_arrive(uint32_t there, uint32_t bytes) {
+  const There to = at(there);
+  const auto found = to.block.mbarriers.find(to.address);
+  if (found == to.block.mbarriers.end()) fault("no mbarrier there");
+  found->second.bytes += bytes;
+  if (--found->second.missing < 0) fault("more arrivals at an mbarrier than it counts");
+  to.block.settle(found->second);
+}
+
+void cluster_copy(uint32_t there, uint32_t shared, uint32_t bytes, uint32_t barrier_there) {
+  if (bytes % 16) fault("a bulk copy that is not in units of 16 bytes");
+  const There to = at(there), barrier = at(barrier_there);
+  if (to.rank != barrier.rank || !barrier.block.mbarriers.contains(barrier.address))
+    fault("a copy to another block without a barrier there");
+  read_by_engines(shared, bytes, 16);
+  std::memset(written_by_engines(to.block, to.address, bytes, 16), nothing, bytes);
+  const auto run = [=, rank = to.rank, address = to.address] {
+    std::memcpy(place_of(block().member(rank), address, bytes, 16),
+                read_by_engines(shared, bytes, 16), bytes);
+  };
+  block().start_copy({run, barrier.address, bytes, -1, 0, barrier.rank});
+}
 
 // Products
 

@@ -72,6 +72,16 @@ void bulk_wait(int pending);
 /// warpgroups; without it that is a fault.
 void fence_async();
 
+// Other blocks of the cluster. An address there is one here and the rank of the block.
+
+uint32_t cluster_address(int rank, uint32_t address);
+/// Waits for all threads of all blocks that are not over.
+void cluster_barrier();
+void cluster_store(uint32_t there, uint32_t value);
+void cluster_arrive(uint32_t there, uint32_t bytes);
+/// From this block's shared memory; counts on a barrier of the other block.
+void cluster_copy(uint32_t there, uint32_t shared, uint32_t bytes, uint32_t barrier_there);
+
 // Products of a warpgroup.
 
 struct Product {

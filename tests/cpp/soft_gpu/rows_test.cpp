@@ -51,6 +51,7 @@ std::string execute(const fake_cuda::Launch& launch, const void* params) {
     soft_gpu::run_grid({entry_of(*launch.kernel),
                         params,
                         {launch.grid[0], launch.grid[1], launch.grid[2]},
+                        launch.cluster,
                         launch.block[0],
                         launch.shared_bytes,
                         seed});
@@ -221,7 +222,8 @@ TEST_P(Reproducible, BitEqualInEveryOrder) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Rows, Reproducible,
-                         testing::Combine(testing::Values(64, 256), testing::ValuesIn(targets)),
+                         testing::Combine(testing::Values(64, 128, 256),
+                                          testing::ValuesIn(targets)),
                          name_of_dim);
 
 /// The list reaches the whole table, so that nothing in it was never run.
@@ -245,7 +247,7 @@ TEST(Coverage, EveryRowIsReachedByTheList) {
 } // namespace anyflash
 
 int main(int count, char** arguments) {
-  fake_cuda::state().multiprocessors = 3; // few blocks that stay: each has several tiles
+  fake_cuda::state().multiprocessors = 5; // few blocks that stay: each has several tiles
   setenv("ANYFLASH_NVRTC", SOFT_GPU_NVRTC, 1);
   setenv("ANYFLASH_CACHE_DIR", SOFT_GPU_CACHE, 1);
   setenv("ANYFLASH_KERNELS", "/nowhere", 1); // nothing is shipped: all is compiled, and kept

@@ -1,6 +1,7 @@
 // What the two ways of sharing a block's work between consumer warpgroups have in common.
 #pragma once
 
+#include "cuda/ptx/cluster.h"
 #include "cuda/ptx/stmatrix.h"
 #include "cuda/ptx/warpgroup.h"
 #include "cuda/sm90/backward/ends.h"
@@ -108,8 +109,34 @@ protected:
   DEVICE void release(uint32_t barrier) const {
     if (threadIdx.x % warpgroup_size == 0) mbarrier_arrive(barrier);
   }
+  /// The same in the other block of the pair.
+  DEVICE void release_there(uint32_t barrier) const {
+    if (threadIdx.x % warpgroup_size == 0) cluster_arrive(shared_of(F::rank() ^ 1, barrier));
+  }
   /// The stage of Q, with its Step and its statistics, which each warp has read for itself.
   DEVICE void release_queries(int stage) const { warp_arrive(barriers_.q_empty(stage)); }
+
+  /// The last columns of V, from global memory, as an operand: 64 keys. What does not exist is 0.
+  template <int size>
+  DEVICE void load_values_directly(uint32_t (&v)[size], const volatile Work& work) const {
+    constexpr int first_column = Row::dv - 4 * size;
+    const Strides& strides = p_.v_strides;
+    const int key = first_key(work), column = first_column + Scores::first_column();
+    const auto* const from = static_cast<const uint16_t*>(p_.v) + work.sequence * strides.batch +
+                             (int64_t{work.first_k} + key) * strides.row +
+                             work.head_k * strides.head + column;
+    UNROLL
+    for (int r = 0; r < Scores::rows; ++r) {
+      const int row = Scores::row_offset(r);
+      const int columns = key + row < work.seqlen_k ? p_.dv - column : 0;
+      UNROLL
+      for (int i = 0; i < size / 2; ++i) {
+        const auto* const pair =
+            reinterpret_cast<const uint32_t*>(from + row * strides.row + 8 * i);
+        v[2 * i + r] = 8 * i < columns ? *pair : 0;
+      }
+    }
+  }
 
   DEVICE uint32_t q_tile(QRing q) const { return shared_ + F::at.q + q.stage() * F::QTile::bytes; }
   DEVICE uint32_t o_tile(ORing o) const { return shared_ + F::at.o + o.stage() * F::OTile::bytes; }

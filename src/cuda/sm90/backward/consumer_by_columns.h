@@ -66,7 +66,7 @@ private:
     WarpgroupAccumulator<width> dq;
     if (!more) release(barriers_.v_empty(kv_.stage()));
     mbarrier_wait(barriers_.ds_full(shared_stage_.stage()), shared_stage_.phase());
-    start_value_gradient(dv_, first_column_, o_, shared_stage_);
+    start_value_gradient(dv_, first_column_, o_, shared_stage_.stage());
     start_query_gradient(dq, first_column_);
     if constexpr (more) start_scores(s, q_.next());
     start_key_gradient(dk_, first_column_);
@@ -109,7 +109,7 @@ private:
     probabilities(s, lse(q), p_.factor);
     Operand p;
     p.round(s);
-    store(p, p_tile(stage));
+    store(p, p_tile(stage.stage()));
   }
   DEVICE void share_gradients(Scores& p, const Scores& dp, const Cap& cap, typename Base::QRing q,
                               Ring<2> stage) {

@@ -44,7 +44,7 @@ private:
     QueryGradient dq;
     mbarrier_wait(barriers_.o_full(o_.stage()), o_.phase());
     mbarrier_wait(barriers_.p_full(shared_stage_.stage()), shared_stage_.phase());
-    start_value_gradient(dv_, first_column_, o_, shared_stage_);
+    start_value_gradient(dv_, first_column_, o_, shared_stage_.stage());
     mbarrier_wait(barriers_.ds_full(shared_stage_.stage()), shared_stage_.phase());
     start_query_gradient(dq, first_column_);
     start_key_gradient(dk_, first_column_);

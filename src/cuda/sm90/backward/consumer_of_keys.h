@@ -12,7 +12,7 @@ template <class Row>
 class ConsumerOfKeys : ProductsByKeys<Row> {
   using Base = ProductsByKeys<Row>;
   using Base::barriers_, Base::memory_, Base::p_;
-  using Base::dk_, Base::ds_, Base::dv_, Base::kv_, Base::o_, Base::q_;
+  using Base::dk_, Base::ds_, Base::dv_, Base::kv_, Base::o_, Base::q_, Base::v_;
   using Base::lse, Base::release, Base::share, Base::start_key_gradient;
   using Base::start_probability_gradients, Base::start_scores, Base::start_value_gradient;
   using typename Base::Cap, typename Base::F, typename Base::Operand, typename Base::Scores;
@@ -34,6 +34,7 @@ public:
 
 private:
   DEVICE void go_through_queries(const volatile Work& work) {
+    if constexpr (F::direct_v) this->load_values_directly(v_, work);
     mbarrier_wait(barriers_.k_full(kv_.stage()), kv_.phase());
     Operand p;
     {
@@ -45,7 +46,7 @@ private:
       p.round(s);
     }
     mbarrier_wait(barriers_.v_full(kv_.stage()), kv_.phase());
-    this->load_values();
+    if constexpr (F::direct_v == 0) this->load_values();
     ROLLED
     for (int left = work.steps; left > 1; --left) one_step<true>(work, p);
     one_step<false>(work, p);

@@ -8,7 +8,8 @@ namespace anyflash::sm90 {
 /// dQ = dS K of one block of queries after the other, added to the sums. Two blocks behind the
 /// consumers at most, so that neither the additions nor the turns are their time.
 template <class Row>
-class ConsumerOfQueries : ConsumerBase<Row> {
+class ConsumerOfQueries : protected ConsumerBase<Row> {
+protected:
   using Base = ConsumerBase<Row>;
   using Base::barriers_, Base::memory_, Base::p_, Base::release, Base::shared_;
   using typename Base::F, typename Base::K, typename Base::S, typename Base::T;
@@ -22,6 +23,22 @@ public:
       if (work.steps) go_through_queries(work);
     });
   }
+
+protected:
+  /// dQ = dS K over all keys of the block.
+  DEVICE void start(typename F::QueryGradient& dq, int part) {
+    const uint32_t ds = shared_ + F::at.ds + ds_.stage() * F::STile::bytes;
+    const uint64_t a = S::k_major(ds, F::split_queries ? part * 64 : 0);
+    const uint64_t b = K::mn_major(this->k_tile(kv_), F::split_queries ? 0 : part * F::q_columns);
+    wgmma_fence();
+    UNROLL
+    for (int k = 0; k < Row::Bc / 16; ++k)
+      wgmma<T, Major::k, Major::mn>(dq.x, a + S::at_columns(k), b + K::at_rows(k), k != 0);
+    wgmma_commit();
+  }
+
+  Ring<2> ds_; // also counts turns
+  Ring<Row::kv_stages> kv_;
 
 private:
   DEVICE void go_through_queries(const volatile Work& work) {
@@ -56,21 +73,6 @@ private:
     }
     this->add_to_queries(dq, first_row, store, part);
   }
-
-  /// dQ = dS K over all keys of the block.
-  DEVICE void start(typename F::QueryGradient& dq, int part) {
-    const uint32_t ds = shared_ + F::at.ds + ds_.stage() * F::STile::bytes;
-    const uint64_t a = S::k_major(ds, F::split_queries ? part * 64 : 0);
-    const uint64_t b = K::mn_major(this->k_tile(kv_), F::split_queries ? 0 : part * F::q_columns);
-    wgmma_fence();
-    UNROLL
-    for (int k = 0; k < Row::Bc / 16; ++k)
-      wgmma<T, Major::k, Major::mn>(dq.x, a + S::at_columns(k), b + K::at_rows(k), k != 0);
-    wgmma_commit();
-  }
-
-  Ring<2> ds_; // also counts turns
-  Ring<Row::kv_stages> kv_;
 };
 
 } // namespace anyflash::sm90

@@ -48,7 +48,7 @@ private:
     probabilities(s, lse(q_), p_.factor);
     Operand p, ds;
     p.round(s);
-    store(p, p_tile(shared_stage_));
+    store(p, p_tile(shared_stage_.stage()));
     announce(barriers_.p_full(shared_stage_.stage()));
     wgmma_wait<0>();
     keep(dp.x);

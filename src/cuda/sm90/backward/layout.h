@@ -19,8 +19,19 @@ struct Backward {
   static constexpr bool by_keys = Row::Bc == 128;
   static constexpr bool apart = Row::warps == 16;
   static constexpr bool dq_apart = apart && by_keys, scores_apart = apart && !by_keys;
+  /// Two thread blocks with neighbouring blocks of keys exchange dS; each adds to a part of dQ,
+  /// over the keys of both.
+  static constexpr bool pair = Row::cluster == 2;
+  static_assert(!pair || apart && (Row::d == 64 || Row::d == 128 || Row::d == 256));
+  static_assert(pair ? Row::peer_stages == 1 || Row::peer_stages == 2 : Row::peer_stages == 0);
+  /// Each takes its own queries, those that see its own keys, and adds what comes from the other
+  /// one to dQ of more; otherwise both take all that see any of their keys.
+  static constexpr bool own_queries = pair && dq_apart;
   /// Where there are registers for it: shared memory is what limits the speed.
   static constexpr bool v_in_registers = dq_apart && Row::dv <= 96;
+  /// The last columns of V, which go straight to registers; of who owns keys, all or none.
+  static constexpr int direct_v = Row::direct_v;
+  static_assert(direct_v == 0 || (v_in_registers ? direct_v == Row::dv : pair && !by_keys));
   static constexpr int consumers = 2;
   static constexpr int adders = dq_apart ? 1 : consumers; // warpgroups with a part of dQ
   static constexpr int readers = apart ? 3 : consumers;   // warpgroups that follow Work
@@ -33,7 +44,7 @@ struct Backward {
   using QTile = SharedTile<Row::Br, Row::d>;
   using OTile = SharedTile<Row::Br, Row::dv>; // dO
   using KTile = SharedTile<Row::Bc, Row::d>;
-  using VTile = SharedTile<Row::Bc, Row::dv>;
+  using VTile = SharedTile<Row::Bc, Row::dv - direct_v>;
   using STile = SharedTile<Row::Br, Row::Bc>;     // dS; by_keys: a page of it is a consumer's
   static constexpr int stats_bytes = Row::Br * 8; // L of the queries, then their delta
 
@@ -46,13 +57,26 @@ struct Backward {
   static constexpr bool split_queries = Row::Br == 128;
   static constexpr int q_columns = !by_keys ? 128 : split_queries || Row::d > 64 ? 64 : 32;
   static_assert(split_queries ? Row::d == 64 : Row::Br == 64);
+  /// In a pair, a block's part is what would be that of the consumer of its rank. It needs all keys
+  /// of the other block, and of these:
+  using PeerSTile = SharedTile<64, Row::Bc>; // dS of the part's queries; pages as in STile
+  using PeerKTile = SharedTile<Row::Bc, pair && !split_queries ? Row::d / 2 : Row::d>;
   using QueryGradient = WarpgroupAccumulator<q_columns>;
   DEVICE static int q_tiles(int consumer) { // of 8 columns
     return (split_queries || consumer == 0 ? q_columns : Row::d - q_columns) / 8;
   }
 
-  static constexpr BackwardShared at = backward_shared(
-      Row::d, Row::dv, Row::Br, Row::Bc, Row::kv_stages, Row::q_stages, Row::o_stages);
+  static constexpr int work_bytes = backward_work_bytes(pair);
+  static constexpr BackwardShared at =
+      backward_shared(Row::d, Row::dv, Row::Br, Row::Bc, Row::kv_stages, Row::q_stages,
+                      Row::o_stages, Row::cluster, Row::peer_stages, Row::direct_v);
+
+  /// The keys of one ticket, as KeyBlock wants to know them.
+  struct Keys {
+    static constexpr int Bc = Row::Bc * Row::cluster, Br = Row::Br;
+  };
+  /// The place of this block in its pair.
+  DEVICE static int rank() { return pair ? recomputed(blockIdx.x) % 2 : 0; }
 };
 
 /// Position in a ring of stages, and the parity of the phase in which its stage is filled.
@@ -86,6 +110,15 @@ struct Ring<2> {
   DEVICE Ring next() const { return {count + 1}; }
 };
 
+/// Blocks of queries; steps: over all heads of a group.
+struct Queries {
+  int32_t begin, end, steps;
+};
+template <class Range>
+DEVICE bool contains(const volatile Range& queries, int i) {
+  return i >= queries.begin && i < queries.end;
+}
+
 /// A block of keys and the queries that see it, in shared memory, where it costs no registers.
 /// Written by the loader.
 struct Work {
@@ -102,7 +135,16 @@ struct Work {
   int32_t sequence;
   int32_t batch, first_q, first_k; // where the tensors' rows of the sequence are
 };
-static_assert(sizeof(Work) <= backward_work_bytes);
+static_assert(sizeof(Work) <= backward_work_bytes(false));
+
+/// In a pair also: the queries that see keys of either block, and those that see the other one's.
+struct PairWork : Work {
+  Queries of_pair, of_peer;
+};
+static_assert(sizeof(PairWork) <= backward_work_bytes(true));
+DEVICE const volatile PairWork& in_pair(const volatile Work& work) {
+  return static_cast<const volatile PairWork&>(work);
+}
 
 /// What they know of a block of queries.
 struct Step {
@@ -123,9 +165,10 @@ struct BackwardBarriers {
   DEVICE uint32_t ds_full(int stage) const { return begin + 32 + 8 * stage; }
   DEVICE uint32_t turn() const { return begin + 48; }
   DEVICE uint32_t work_wanted() const { return begin + 64; }
-  DEVICE uint32_t ds_empty(int stage) const { return begin + 72 + 8 * stage; } // dQ apart
-  DEVICE uint32_t p_full(int stage) const { return begin + 88 + 8 * stage; }   // scores apart
-  DEVICE uint32_t turn_of() const { return begin + 104; }                      // an int
+  DEVICE uint32_t ds_empty(int stage) const { return begin + 72 + 8 * stage; }
+  DEVICE uint32_t p_full(int stage) const { return begin + 88 + 8 * stage; } // scores apart
+  DEVICE uint32_t turn_of() const { return begin + 104; }                    // an int
+  DEVICE uint32_t ticket() const { return begin + 108; }                     // the same
   DEVICE uint32_t q_full(int stage) const { return begin + 112 + 8 * stage; }
   DEVICE uint32_t q_empty(int stage) const { return q_full(Row::q_stages + stage); }
   DEVICE uint32_t o_full(int stage) const { return q_full(2 * Row::q_stages + stage); }
@@ -134,18 +177,33 @@ struct BackwardBarriers {
   DEVICE uint32_t k_empty(int stage) const { return k_full(Row::kv_stages + stage); }
   DEVICE uint32_t v_full(int stage) const { return k_full(2 * Row::kv_stages + stage); }
   DEVICE uint32_t v_empty(int stage) const { return k_full(3 * Row::kv_stages + stage); }
+  // In a pair.
+  DEVICE uint32_t peer_ds_full(int stage) const { return v_empty(Row::kv_stages + stage); }
+  DEVICE uint32_t p_empty() const { return peer_ds_full(2); }
+  DEVICE uint32_t peer_wants_ticket() const { return peer_ds_full(3); }
+  DEVICE uint32_t ticket_full() const { return peer_ds_full(4); }
+  DEVICE uint32_t peer_k_full() const { return peer_ds_full(5); }
+  DEVICE uint32_t peer_k_empty() const { return peer_ds_full(6); }
 
-  /// By one thread. watchers: warps that read Work besides those that load and compute.
-  DEVICE void init(int watchers) const {
+  /// By one thread. others: warps that read Work besides those that load and compute.
+  DEVICE void init(int others) const {
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(work_full(i), 1);
-      mbarrier_init(work_empty(i), 1 + F::readers * warpgroup_arrivals + watchers * warp_arrivals);
+      mbarrier_init(work_empty(i), 1 + F::readers * warpgroup_arrivals + others * warp_arrivals);
       mbarrier_init(ds_full(i), (F::scores_apart ? 1 : F::consumers) * warpgroup_arrivals);
-      mbarrier_init(ds_empty(i), 1);
+      mbarrier_init(ds_empty(i), F::pair ? 2 * F::adders : 1);
       mbarrier_init(p_full(i), warpgroup_arrivals);
     }
     mbarrier_init(turn(), 1);
     mbarrier_init(work_wanted(), 1);
+    if constexpr (F::pair) {
+      for (int i = 0; i < Row::peer_stages; ++i) mbarrier_init(peer_ds_full(i), 1);
+      mbarrier_init(p_empty(), F::consumers);
+      mbarrier_init(peer_wants_ticket(), 1);
+      mbarrier_init(ticket_full(), 1);
+      mbarrier_init(peer_k_full(), 1);
+      mbarrier_init(peer_k_empty(), F::adders);
+    }
     init<Row::q_stages>(q_full(0), F::consumers * warpgroup_arrivals);
     init<Row::o_stages>(o_full(0), F::scores_apart ? 3 : F::consumers);
     init<Row::kv_stages>(k_full(0), F::adders);

@@ -36,19 +36,23 @@ protected:
   /// dP^T = V dO^T of this consumer's queries.
   DEVICE void start_probability_gradients(Scores& dp, typename Base::ORing o) {
     mbarrier_wait(barriers_.o_full(o.stage()), o.phase());
+    constexpr int in_registers = F::direct_v / 16, in_shared = Row::dv / 16 - in_registers;
     const uint64_t a = V::k_major(this->v_tile(kv_));
     const uint64_t b = O::k_major(o_tile(o), F::apart ? 0 : index_ * Scores::width);
     wgmma_fence();
     UNROLL
-    for (int k = 0; k < Row::dv / 16; ++k)
+    for (int k = 0; k < in_shared; ++k)
       wgmma<T, Major::k, Major::k>(dp.x, a + V::at_columns(k), b + O::at_columns(k), k != 0);
+    UNROLL
+    for (int k = 0; k < in_registers; ++k)
+      wgmma<T, Major::k>(dp.x, v_.a + 4 * k, b + O::at_columns(in_shared + k), true);
     wgmma_commit();
   }
 
   /// dV += P^T dO, columns from first_column on.
   template <int width>
   DEVICE void start_value_gradient(WarpgroupAccumulator<width>& dv, int first_column,
-                                   typename Base::ORing o, Ring<2> stage) {
+                                   typename Base::ORing o, int stage) {
     const uint64_t a = S::k_major(p_tile(stage));
     const uint64_t b = O::mn_major(o_tile(o), first_column);
     keep(dv.x);
@@ -107,10 +111,9 @@ protected:
   DEVICE uint32_t ds_tile(Ring<2> stage) const {
     return shared_ + F::at.ds + stage.stage() * Tile::bytes;
   }
-  DEVICE uint32_t p_tile(Ring<2> stage) const {
-    return shared_ + F::at.ds + (2 + stage.stage()) * Tile::bytes;
-  }
+  DEVICE uint32_t p_tile(int stage) const { return shared_ + F::at.p + stage * Tile::bytes; }
 
+  WarpgroupOperand<T, F::direct_v ? F::direct_v : 16> v_; // the last columns of V
   typename Base::QRing q_;
   typename Base::ORing o_;
   Ring<2> shared_stage_; // of P and dS; also counts turns

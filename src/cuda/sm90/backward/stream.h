@@ -5,6 +5,7 @@
 #include "cuda/attn/key_block.h"
 #include "cuda/attn/score.h"
 #include "cuda/ptx/atomic.h"
+#include "cuda/ptx/cluster.h"
 #include "cuda/ptx/ldmatrix.h"
 #include "cuda/ptx/tma.h"
 #include "cuda/ptx/warpgroup.h"
@@ -23,7 +24,7 @@ public:
 
   DEVICE const volatile Work& wait() const {
     mbarrier_wait(barriers_.work_full(at_.stage()), at_.phase());
-    return *reinterpret_cast<const volatile Work*>(work_ + at_.stage() * backward_work_bytes);
+    return *reinterpret_cast<const volatile Work*>(work_ + at_.stage() * Backward<Row>::work_bytes);
   }
   /// By all lanes of a warp, after its last use of what wait() gave.
   DEVICE void next() {
@@ -55,6 +56,15 @@ DEVICE void for_each_work(const BackwardParams& p, const char* shared_memory, Vi
   }
 }
 
+/// The queries whose dQ is added to here: of a pair, those that see keys of either block.
+template <class Row>
+DEVICE const volatile auto& added_queries(const volatile Work& work) {
+  if constexpr (Backward<Row>::pair)
+    return in_pair(work).of_pair;
+  else
+    return work;
+}
+
 /// The blocks of queries of a key block, one after the other; heads of the group outermost. The
 /// last queries come first: under a causal mask all blocks of keys then begin with the same ones,
 /// which they find in the L2 cache, and whose dQ nobody waits long for.
@@ -62,10 +72,12 @@ struct QueryCursor {
   int i;
   int head; // of the group
 
-  DEVICE QueryCursor(const volatile Work& work) : i(work.end - 1), head(0) {}
-  DEVICE void advance(const volatile Work& work) {
-    if (--i >= work.begin) return;
-    i = work.end - 1;
+  template <class Range>
+  DEVICE QueryCursor(const volatile Range& queries) : i(queries.end - 1), head(0) {}
+  template <class Range>
+  DEVICE void advance(const volatile Range& queries) {
+    if (--i >= queries.begin) return;
+    i = queries.end - 1;
     ++head;
   }
   /// In the workspace.
@@ -88,28 +100,46 @@ public:
         barriers_{shared_address(shared_memory) + F::at.barriers} {}
 
   DEVICE void run() {
-    uint32_t ticket = next_ticket();
     ROLLED
     while (true) {
+      const uint32_t ticket = next_ticket();
       mbarrier_wait(barriers_.work_empty(at_.stage()), at_.phase() ^ 1);
       slot().ticket = ticket;
       const bool over = ticket >= p_.key_blocks;
       if (!over) {
-        describe(ticket);
         wait_for_zeros(ticket);
+        describe(ticket);
       }
       mbarrier_arrive(barriers_.work_full(at_.stage()));
       if (over) return;
       mbarrier_wait(barriers_.work_wanted(), at_.count & 1);
       at_.advance();
-      ticket = next_ticket();
     }
   }
 
 private:
-  DEVICE uint32_t next_ticket() const { return atomicAdd(p_.tickets, 1); }
+  DEVICE uint32_t next_ticket() const {
+    if constexpr (F::pair)
+      return next_ticket_of_pair();
+    else
+      return atomicAdd(p_.tickets, 1);
+  }
+  /// Block 0 of a pair draws for both, when both want it; at_ counts what was drawn.
+  DEVICE uint32_t next_ticket_of_pair() const {
+    const uint32_t parity = at_.count & 1;
+    if (F::rank() == 0) {
+      mbarrier_wait(barriers_.peer_wants_ticket(), parity);
+      const uint32_t ticket = atomicAdd(p_.tickets, 1);
+      cluster_store(shared_of(1, barriers_.ticket()), ticket);
+      cluster_arrive_after_writes(shared_of(1, barriers_.ticket_full()));
+      return ticket;
+    }
+    cluster_arrive(shared_of(0, barriers_.peer_wants_ticket()));
+    cluster_wait_for_writes(barriers_.ticket_full(), parity);
+    return ld_shared(barriers_.ticket());
+  }
   DEVICE volatile Work& slot() const {
-    return *reinterpret_cast<volatile Work*>(work_ + at_.stage() * backward_work_bytes);
+    return *reinterpret_cast<volatile Work*>(work_ + recomputed(at_.stage()) * F::work_bytes);
   }
 
   /// The parts of this head's sums belong to tickets before this one, of a head heads_ahead before.
@@ -117,7 +147,7 @@ private:
     if (!p_.zeroed) return;
     const uint32_t head_index = divide(ticket, p_.key_section_blocks);
     if (head_index < p_.heads_ahead) return;
-    const int parts = p_.key_section_blocks.divisor;
+    const int parts = p_.key_section_blocks.divisor * Row::cluster;
     while (load_relaxed(p_.zeroed + head_index) != parts) {
     }
     __threadfence();
@@ -125,8 +155,8 @@ private:
 
   DEVICE void describe(uint32_t ticket) const {
     volatile Work& work = slot();
-    const KeyBlock<Row> block(p_, ticket);
-    work.first_key = block.first_key;
+    const KeyBlock<typename F::Keys> block(p_, ticket);
+    work.first_key = block.first_key + place_in_pair() * Row::Bc;
     work.seqlen_q = block.seqlen_q;
     work.seqlen_k = block.seqlen_k;
     work.diagonal = block.diagonal();
@@ -137,8 +167,10 @@ private:
     work.first_q = static_cast<int>(block.first_q);
     work.first_k = static_cast<int>(block.first_k);
     work.first_row = workspace_row<Row>(p_, block.sequence, block.head_k * p_.group.divisor);
-    work.rows = block.rows - block.first_key;
-    const KeyBlocks queries = block.queries(p_);
+    work.rows = block.rows - work.first_key;
+    if constexpr (F::pair) describe_pair(static_cast<volatile PairWork&>(work), block);
+    const KeyBlocks queries =
+        F::own_queries ? block.queries(p_, work.first_key, Row::Bc) : block.queries(p_);
     work.begin = queries.begin;
     work.end = queries.end;
     work.full_begin = queries.full_begin;
@@ -147,6 +179,25 @@ private:
     work.steps = nothing ? 0 : (queries.end - queries.begin) * p_.group.divisor;
     work.dk_offset = offset(work, p_.dk_strides);
     work.dv_offset = offset(work, p_.dv_strides);
+  }
+
+  /// Which of a pair's keys are this block's: under a causal mask the second half is seen by fewer
+  /// queries, so that they take turns; not where the order of additions must be the same.
+  DEVICE int place_in_pair() const {
+    return F::rank() ^ (F::own_queries && !p_.turns ? at_.count & 1 : 0);
+  }
+
+  template <class Block>
+  DEVICE void describe_pair(volatile PairWork& work, const Block& block) const {
+    describe_queries(work.of_pair, block.queries(p_));
+    describe_queries(work.of_peer, F::own_queries
+                                       ? block.queries(p_, work.first_key ^ Row::Bc, Row::Bc)
+                                       : block.queries(p_));
+  }
+  DEVICE void describe_queries(volatile Queries& to, const KeyBlocks& queries) const {
+    to.begin = queries.begin;
+    to.end = queries.end;
+    to.steps = (queries.end - queries.begin) * p_.group.divisor;
   }
 
   /// Elements to the first key; from shared memory, since registers are few here.
@@ -161,7 +212,20 @@ private:
   Ring<2> at_;
 };
 
-/// The thread that starts all copies.
+/// Copies a tile of the columns from `column` and the rows from `row` on of a sequence that begins
+/// at row `first` of a packed tensor and has `length` rows; rows past these are zeros.
+template <class Tile>
+DEVICE void load_rows(uint32_t tile, const TensorMap* map, uint32_t barrier, int column, int first,
+                      int row, int length, int head, int batch) {
+  const int valid = max(0, min(Tile::rows, length - row));
+  const int skip = Tile::rows - valid, end = first + row + valid;
+  ROLLED
+  for (int page = 0; page < Tile::pages; ++page)
+    tma_load_ragged(tile + page * Tile::page_bytes, map, barrier,
+                    column + page * Tile::page_columns, skip, end, head, batch);
+}
+
+/// The thread that starts the copies from global memory.
 template <class Row>
 class Loader {
   using F = Backward<Row>;
@@ -190,7 +254,7 @@ private:
     ROLLED
     for (int left = work.steps; left > 0; --left) {
       const bool first = left == work.steps;
-      if (left == 1) mbarrier_arrive(barriers_.work_wanted());
+      if (left == 1 + steps_alone(work)) mbarrier_arrive(barriers_.work_wanted());
       load_queries(work, at);
       if (first)
         load_keys<typename F::KTile>(work, &p_.k_map, F::at.k, barriers_.k_full(kv_.stage()),
@@ -203,6 +267,12 @@ private:
       }
       at.advance(work);
     }
+  }
+
+  /// How many steps the other block of the pair is done before this one: it wants more work then.
+  DEVICE static int steps_alone(const volatile Work& work) {
+    if constexpr (!F::own_queries) return 0;
+    return max(0, min(in_pair(work).of_peer.begin - work.begin, work.steps - 1));
   }
 
   DEVICE void load_queries(const volatile Work& work, const QueryCursor& at) {
@@ -218,9 +288,9 @@ private:
     mbarrier_arrive_expect(full, F::QTile::bytes + F::stats_bytes);
     bulk_load(shared_ + F::at.stats + q_.stage() * F::stats_bytes, p_.row_stats + first_row * 2,
               F::stats_bytes, full);
-    load_rows<typename F::QTile>(F::at.q + q_.stage() * F::QTile::bytes, &p_.q_map, full,
-                                 work.first_q, at.i * Row::Br, work.seqlen_q, work.head + at.head,
-                                 work.batch);
+    load_rows<typename F::QTile>(shared_ + F::at.q + q_.stage() * F::QTile::bytes, &p_.q_map, full,
+                                 0, work.first_q, at.i * Row::Br, work.seqlen_q,
+                                 work.head + at.head, work.batch);
     q_.advance();
   }
 
@@ -228,9 +298,9 @@ private:
     const uint32_t full = barriers_.o_full(o_.stage());
     mbarrier_wait(barriers_.o_empty(o_.stage()), o_.phase() ^ 1);
     mbarrier_arrive_expect(full, F::OTile::bytes);
-    load_rows<typename F::OTile>(F::at.o + o_.stage() * F::OTile::bytes, &p_.dout_map, full,
-                                 work.first_q, at.i * Row::Br, work.seqlen_q, work.head + at.head,
-                                 work.batch);
+    load_rows<typename F::OTile>(shared_ + F::at.o + o_.stage() * F::OTile::bytes, &p_.dout_map,
+                                 full, 0, work.first_q, at.i * Row::Br, work.seqlen_q,
+                                 work.head + at.head, work.batch);
     o_.advance();
   }
 
@@ -239,21 +309,8 @@ private:
                         uint32_t empty) {
     mbarrier_wait(empty, kv_.phase() ^ 1);
     mbarrier_arrive_expect(full, Tile::bytes);
-    load_rows<Tile>(offset + kv_.stage() * Tile::bytes, map, full, work.first_k, work.first_key,
-                    work.seqlen_k, work.head_k, work.batch);
-  }
-
-  /// A tile of the rows from `row` on of a sequence that begins at row `first` of a packed tensor
-  /// and has `length` rows; rows past these are zeros.
-  template <class Tile>
-  DEVICE void load_rows(int offset, const TensorMap* map, uint32_t barrier, int first, int row,
-                        int length, int head, int batch) const {
-    const int valid = min(Tile::rows, length - row);
-    const int skip = Tile::rows - valid, end = first + row + valid;
-    ROLLED
-    for (int page = 0; page < Tile::pages; ++page)
-      tma_load_ragged(shared_ + offset + page * Tile::page_bytes, map, barrier,
-                      page * Tile::page_columns, skip, end, head, batch);
+    load_rows<Tile>(shared_ + offset + kv_.stage() * Tile::bytes, map, full, 0, work.first_k,
+                    work.first_key, work.seqlen_k, work.head_k, work.batch);
   }
 
   const BackwardParams& p_;

@@ -24,7 +24,8 @@ struct TurnBarrier {
   DEVICE static void wait() { named_barrier_sync(name, threads); }
 };
 
-/// How many key blocks have added to the queries that `at` stands at.
+/// How many key blocks have added to the queries that `at` stands at; of a pair, each to its half
+/// of the columns, in any order.
 template <class Row>
 DEVICE int32_t* turn_of(const BackwardParams& p, const volatile Work& work, const QueryCursor& at) {
   return p.turns + at.first_row(work, p.padded_rows, Row::Br) / Row::Br;
@@ -36,41 +37,46 @@ DEVICE void wait_for_turns(const BackwardParams& p, const char* shared_memory) {
   using F = Backward<Row>;
   const BackwardBarriers<Row> barriers{shared_address(shared_memory) + F::at.barriers};
   for_each_work<Row>(p, shared_memory, [&](const volatile Work& work) {
-    QueryCursor at(work);
+    const volatile auto& queries = added_queries<Row>(work);
+    QueryCursor at(queries);
     ROLLED
-    for (int left = work.steps; left > 0; --left) {
-      const KeyBlocks keys = key_blocks(at.i * Row::Br, Row::Br, Row::Bc, work.seqlen_q,
+    for (int left = queries.steps; left > 0; --left) {
+      const KeyBlocks keys = key_blocks(at.i * Row::Br, Row::Br, F::Keys::Bc, work.seqlen_q,
                                         work.seqlen_k, p.window_left, p.window_right);
-      const int mine = work.first_key / Row::Bc - keys.begin;
+      const int mine = work.first_key / F::Keys::Bc - keys.begin;
       const int32_t* const turn = turn_of<Row>(p, work, at);
       if (lane_index() == 0) {
-        while (load_acquire(turn) != mine) {
+        while (load_acquire(turn) / Row::cluster != mine) {
         }
       }
       __syncwarp();
-      if (left < work.steps) TurnBarrier<Row>::wait(); // for the block of queries before
+      if (left < queries.steps) TurnBarrier<Row>::wait(); // for the block of queries before
       if (lane_index() == 0) {
         st_shared(barriers.turn_of(), mine);
         mbarrier_arrive(barriers.turn());
       }
-      at.advance(work);
+      at.advance(queries);
     }
-    if (work.steps) TurnBarrier<Row>::wait();
+    if (queries.steps) TurnBarrier<Row>::wait();
   });
 }
 
 /// By one warp: makes what the adders added visible to the next key block, and passes the turn on.
 template <class Row>
+DEVICE void pass_turn_on(const BackwardParams& p, const volatile Work& work, QueryCursor& at) {
+  int32_t* const turn = turn_of<Row>(p, work, at);
+  TurnBarrier<Row>::wait();
+  if (lane_index() == 0) add_release(turn);
+  at.advance(added_queries<Row>(work));
+}
+
+/// By one warp, until there is no more work.
+template <class Row>
 DEVICE void pass_turns_on(const BackwardParams& p, const char* shared_memory) {
   for_each_work<Row>(p, shared_memory, [&](const volatile Work& work) {
     QueryCursor at(work);
     ROLLED
-    for (int left = work.steps; left > 0; --left) {
-      int32_t* const turn = turn_of<Row>(p, work, at);
-      TurnBarrier<Row>::wait();
-      if (lane_index() == 0) add_release(turn);
-      at.advance(work);
-    }
+    for (int left = work.steps; left > 0; --left) pass_turn_on<Row>(p, work, at);
   });
 }
 

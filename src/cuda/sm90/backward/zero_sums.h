@@ -7,11 +7,12 @@
 
 namespace anyflash::sm90 {
 
-/// Part `ticket` of the sums: every block of keys has one, of the key head that is heads_ahead
-/// after its own.
+/// A part of the sums: every ticket has one, or one for each block of a pair, of the key head that
+/// is heads_ahead after its own.
 template <class Row>
 DEVICE void zero_part(const BackwardParams& p, uint32_t ticket) {
-  const uint32_t parts = p.key_section_blocks.divisor; // a section is one head here
+  const uint32_t tickets = p.key_section_blocks.divisor; // a section is one head here
+  const uint32_t parts = tickets * Row::cluster;
   const uint32_t own_head = divide(ticket, p.key_section_blocks);
   const uint32_t head_index = own_head + p.heads_ahead;
   if (head_index >= p.key_heads.divisor * p.batch) return;
@@ -25,7 +26,8 @@ DEVICE void zero_part(const BackwardParams& p, uint32_t ticket) {
   for (int of_group = 0; of_group < p.group.divisor; ++of_group) {
     const int64_t first_row = workspace_row<Row>(p, sequence, head + of_group);
     ROLLED
-    for (int block = ticket - own_head * parts; block * Row::Br < rows; block += parts) {
+    for (int block = (ticket - own_head * tickets) * Row::cluster + Backward<Row>::rank();
+         block * Row::Br < rows; block += parts) {
       float4* const sum = sums + (first_row / Row::Br + block) * block_size;
 #pragma unroll 8
       for (int i = 0; i < block_size; i += warp_size) sum[i] = {0, 0, 0, 0};

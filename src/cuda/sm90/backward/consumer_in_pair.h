@@ -1,0 +1,99 @@
+// Consumers of the sm90 backward in a pair of thread blocks, which exchange dS: head dims above
+// 128.
+#pragma once
+
+#include "cuda/sm90/backward/products_by_columns.h"
+
+namespace anyflash::sm90 {
+
+/// A consumer warpgroup: half of the columns of dK and dV of this block's 64 keys, and a quarter of
+/// the columns of dQ, over the 128 keys of the pair.
+template <class Row>
+class ConsumerInPair : ProductsByColumns<Row> {
+  using Base = ProductsByColumns<Row>;
+  using Base::barriers_, Base::index_, Base::kv_, Base::memory_, Base::o_, Base::p_, Base::q_;
+  using Base::release, Base::shared_, Base::shared_stage_, Base::step;
+  using Base::start_key_gradient, Base::start_query_gradient, Base::start_value_gradient;
+  using typename Base::F, typename Base::T;
+  using PeerSTile = typename F::PeerSTile;
+  using PeerS = MatrixDescriptor<PeerSTile>;
+  using PeerK = MatrixDescriptor<typename F::PeerKTile>;
+
+public:
+  DEVICE ConsumerInPair(const BackwardParams& p, char* shared_memory, int index)
+      : Base(p, shared_memory, index), first_column_(index * width) {}
+
+  DEVICE void run() {
+    for_each_work<Row>(p_, memory_, [&](const volatile Work& work) {
+      dk_.clear();
+      dv_.clear();
+      if (work.steps) go_through_queries(work);
+      this->store_value_gradient(dv_, work, first_column_);
+      this->store_key_gradient(dk_, work, first_column_);
+    });
+  }
+
+private:
+  DEVICE void go_through_queries(const volatile Work& work) {
+    mbarrier_wait(barriers_.k_full(kv_.stage()), kv_.phase());
+    mbarrier_wait(barriers_.peer_k_full(), kv_.phase());
+    ROLLED
+    for (int left = work.steps; left > 0; --left) one_step(left == 1);
+    kv_.advance();
+  }
+
+  /// One block of queries. What comes from the other block is needed last.
+  DEVICE void one_step(bool last) {
+    QueryGradient dq;
+    const uint32_t parity = shared_stage_.stage(); // of what there is one stage of
+    mbarrier_wait(barriers_.o_full(o_.stage()), o_.phase());
+    mbarrier_wait(barriers_.p_full(0), parity);
+    start_value_gradient(dv_, first_column_, o_, 0);
+    mbarrier_wait(barriers_.ds_full(shared_stage_.stage()), shared_stage_.phase());
+    start_key_gradient(dk_, first_column_);
+    start_query_gradient(dq, F::rank() * (Row::d / 2) + index_ * QueryGradient::width);
+    wgmma_wait<2>();
+    keep(dv_.x);
+    release(barriers_.o_empty(o_.stage()));
+    release(barriers_.p_empty());
+    mbarrier_wait(barriers_.peer_ds_full(peer_.stage()), peer_.phase());
+    add_keys_of_peer(dq);
+    wgmma_wait<2>();
+    keep(dk_.x);
+    const int64_t first_row = step(q_).first_row;
+    this->release_queries(q_.stage());
+    wgmma_wait<0>();
+    keep(dq.x);
+    release(barriers_.ds_empty(shared_stage_.stage()));
+    this->release_there(barriers_.ds_empty(shared_stage_.stage()));
+    if (last) release(barriers_.k_empty(kv_.stage()));
+    if (last) release(barriers_.peer_k_empty());
+    const bool store = this->wait_for_turn(shared_stage_);
+    this->add_to_queries(dq, first_row, store, F::rank(), index_ * (QueryGradient::width / 8));
+    this->pass_turn_on();
+    q_.advance();
+    o_.advance();
+    shared_stage_.advance();
+    peer_.advance();
+  }
+
+  using QueryGradient = WarpgroupAccumulator<64>;
+
+  /// dQ += dS K, of the other block's keys.
+  DEVICE void add_keys_of_peer(QueryGradient& dq) {
+    const uint64_t a = PeerS::mn_major(shared_ + F::at.peer_ds + peer_.stage() * PeerSTile::bytes);
+    const uint64_t b = PeerK::mn_major(shared_ + F::at.peer_k, index_ * QueryGradient::width);
+    wgmma_fence();
+    UNROLL
+    for (int k = 0; k < Row::Bc / 16; ++k)
+      wgmma<T, Major::mn, Major::mn>(dq.x, a + PeerS::at_rows(k), b + PeerK::at_rows(k), true);
+    wgmma_commit();
+  }
+
+  static constexpr int width = Row::d / 2;
+  int first_column_;
+  Ring<Row::peer_stages> peer_; // of the other block's dS
+  WarpgroupAccumulator<width> dk_, dv_;
+};
+
+} // namespace anyflash::sm90
