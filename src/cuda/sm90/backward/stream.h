@@ -266,6 +266,8 @@ private:
         kv_.advance();
       }
       at.advance(work);
+      q_.advance();
+      if constexpr (!one_ring) o_.advance();
     }
   }
 
@@ -291,17 +293,16 @@ private:
     load_rows<typename F::QTile>(shared_ + F::at.q + q_.stage() * F::QTile::bytes, &p_.q_map, full,
                                  0, work.first_q, at.i * Row::Br, work.seqlen_q,
                                  work.head + at.head, work.batch);
-    q_.advance();
   }
 
   DEVICE void load_gradients(const volatile Work& work, const QueryCursor& at) {
-    const uint32_t full = barriers_.o_full(o_.stage());
-    mbarrier_wait(barriers_.o_empty(o_.stage()), o_.phase() ^ 1);
+    const auto& o = gradients();
+    const uint32_t full = barriers_.o_full(o.stage());
+    mbarrier_wait(barriers_.o_empty(o.stage()), o.phase() ^ 1);
     mbarrier_arrive_expect(full, F::OTile::bytes);
-    load_rows<typename F::OTile>(shared_ + F::at.o + o_.stage() * F::OTile::bytes, &p_.dout_map,
+    load_rows<typename F::OTile>(shared_ + F::at.o + o.stage() * F::OTile::bytes, &p_.dout_map,
                                  full, 0, work.first_q, at.i * Row::Br, work.seqlen_q,
                                  work.head + at.head, work.batch);
-    o_.advance();
   }
 
   template <class Tile>
@@ -313,6 +314,14 @@ private:
                     work.first_key, work.seqlen_k, work.head_k, work.batch);
   }
 
+  DEVICE const Ring<Row::o_stages>& gradients() const {
+    if constexpr (one_ring)
+      return q_;
+    else
+      return o_;
+  }
+
+  static constexpr bool one_ring = Row::q_stages == Row::o_stages; // registers are few here
   const BackwardParams& p_;
   char* memory_;
   uint32_t shared_;
