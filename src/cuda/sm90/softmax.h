@@ -25,26 +25,26 @@ struct OnlineSoftmax {
   /// by alpha. Masked scores are -inf. first: no key was seen before.
   template <bool first, class Scores>
   DEVICE bool exponentiate(Scores& s, float factor, float (&alpha)[2]) {
-    float maximum[2];
-    row_maxima(s, factor, maximum);
-    const bool moved = first || __any_sync(0xffffffff, maximum[0] > m[0] + headroom ||
-                                                           maximum[1] > m[1] + headroom);
+    float largest[2]; // of this thread's columns
+    column_maxima(s, largest);
+    const bool moved = first || __any_sync(0xffffffff, largest[0] * factor > m[0] + headroom ||
+                                                           largest[1] * factor > m[1] + headroom);
     if (moved) {
       UNROLL
       for (int r = 0; r < 2; ++r) {
-        const float new_m = fmaxf(m[r], maximum[r]);
+        const float new_m = fmaxf(m[r], row_max(largest[r]) * factor);
         alpha[r] = first ? 1 : exp2_approx(m[r] - new_m);
         l[r] *= alpha[r];
         m[r] = new_m;
       }
     }
-    float sums[2][chains] = {};
+    float sums[2][chains];
     UNROLL
     for (int c = 0; c < Scores::columns; ++c) {
       UNROLL
       for (int r = 0; r < 2; ++r) {
         s(r, c) = exp2_approx(fmaf(s(r, c), factor, -m[r]));
-        sums[r][c % chains] += s(r, c);
+        sums[r][c % chains] = c < chains ? s(r, c) : sums[r][c % chains] + s(r, c);
       }
     }
     UNROLL
@@ -54,7 +54,7 @@ struct OnlineSoftmax {
 
 private:
   template <class Scores>
-  DEVICE static void row_maxima(const Scores& s, float factor, float (&maximum)[2]) {
+  DEVICE static void column_maxima(const Scores& s, float (&largest)[2]) {
     float partial[2][chains];
     UNROLL
     for (int c = 0; c < Scores::columns; ++c) {
@@ -64,9 +64,7 @@ private:
     }
     UNROLL
     for (int r = 0; r < 2; ++r)
-      maximum[r] =
-          row_max(fmaxf(fmaxf(partial[r][0], partial[r][1]), fmaxf(partial[r][2], partial[r][3]))) *
-          factor;
+      largest[r] = fmaxf(fmaxf(partial[r][0], partial[r][1]), fmaxf(partial[r][2], partial[r][3]));
   }
 };
 
