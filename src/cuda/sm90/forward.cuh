@@ -4,6 +4,7 @@
 
 #include "cuda/attn/mask.h"
 #include "cuda/attn/score.h"
+#include "cuda/ptx/mma.h"
 #include "cuda/ptx/stmatrix.h"
 #include "cuda/sm90/forward_producer.h"
 #include "cuda/sm90/softmax.h"
@@ -59,6 +60,43 @@ struct Queries {
     wgmma_commit();
     keep(s.x);
     keep(fragments);
+  }
+
+  /// S = Q K^T of 16 rows, by products that a warp makes by itself, whatever the others do.
+  DEVICE void multiply_alone(typename F::Scores& s, uint32_t tile, int first_row,
+                             uint32_t keys) const {
+    s.clear();
+    if constexpr (Row::q_in_registers) {
+      UNROLL
+      for (int k = 0; k < steps; ++k) {
+        const uint32_t* const a = &fragments[4 * k];
+        multiply_step(s, {a[0], a[1], a[2], a[3]}, keys, k);
+      }
+    } else {
+      const auto reader = FragmentReader<Tile>::rows_first(tile, first_row);
+      ROLLED // so that what is rare takes no registers from what is not
+      for (int k = 0; k < steps; ++k) {
+        uint32_t a[4];
+        reader.read(a, 0, k);
+        multiply_step(s, a, keys, k);
+      }
+    }
+  }
+
+private:
+  DEVICE static void multiply_step(typename F::Scores& s, const uint32_t (&a)[4], uint32_t keys,
+                                   int k) {
+    const auto reader = FragmentReader<typename F::KTile>::columns_first(keys);
+    UNROLL
+    for (int i = 0; i < Row::Bc / 16; ++i) {
+      uint32_t b[4];
+      reader.read(b, i, k);
+      UNROLL
+      for (int half = 0; half < 2; ++half) {
+        float(&d)[4] = reinterpret_cast<float(&)[4]>(s.x[8 * i + 4 * half]);
+        mma_m16n8k16<typename Row::T>(d, a, b[2 * half], b[2 * half + 1]);
+      }
+    }
   }
 };
 
@@ -184,6 +222,8 @@ private:
     for (int j = share_.last - 1; j >= share_.begin; --j)
       step(q, s, p, o, j, share_.own.on_edge(j));
     if constexpr (!Row::q_in_registers) release_queries();
+    meet();
+    release(barriers_.k_empty(ring_.stage));
     const Place<Row::stages> last = ring_;
     ring_.next();
     mbarrier_wait(barriers_.v_full(last.stage), last.parity);
@@ -198,40 +238,63 @@ private:
     if (foreign && (j + 1) * Row::Bc > tile_.seqlen_k) clear_values(j);
     wgmma_wait<0>();
     keep(s.x);
-    release(barriers_.k_empty(ring_.stage));
     change_scores(s, j, share_.own.on_edge(j));
     softmax_.exponentiate<true>(s, p_.factor, alpha);
     p.round(s);
   }
 
-  /// O += P V of block j + 1, and P of block j.
+  /// O += P V of block j + 1, and P of block j. K of a block stays until the next one's turn, when
+  /// all warps have their P: a warp may need S again.
   DEVICE void step(Queries<Row>& q, typename F::Scores& s, typename F::Probabilities& p,
                    typename F::Output& o, int j, bool on_edge) {
-    float alpha[2];
     const Place<Row::stages> before = ring_;
     ring_.next();
     mbarrier_wait(barriers_.k_full(ring_.stage), ring_.parity);
     take_turn();
+    release(barriers_.k_empty(before.stage));
     q.multiply(s, keys(ring_.stage));
     mbarrier_wait(barriers_.v_full(before.stage), before.parity);
     multiply_values<Row>(o, p, values(before.stage));
     pass_turn();
     wgmma_wait<1>();
     keep(s.x);
-    release(barriers_.k_empty(ring_.stage));
     change_scores(s, j, on_edge);
-    const bool moved = softmax_.exponentiate<false>(s, p_.factor, alpha);
+    float growth[2];
+    const bool fits = softmax_.exponentiate_by_old_m(s, p_.factor, growth);
+    if constexpr (Row::round_early) round(s, p, o);
+    if (fits) {
+      softmax_.add(growth);
+    } else {
+      wgmma_wait<0>(); // before products of the other kind
+      keep(o.x);
+      exponentiate_again(q, s, o, j, on_edge);
+      if constexpr (Row::round_early) round(s, p, o);
+    }
+    if constexpr (!Row::round_early) round(s, p, o);
+    release(barriers_.v_empty(before.stage));
+  }
+
+  /// Ends O += P V, and only then: the tensor cores read p until here.
+  DEVICE static void round(const typename F::Scores& s, typename F::Probabilities& p,
+                           typename F::Output& o) {
     wgmma_wait<0>();
     keep(o.x);
     keep(p.a);
-    release(barriers_.v_empty(before.stage));
-    p.round(s); // not earlier: the tensor cores read p until here
-    if (moved) {
+    p.round(s);
+  }
+
+  /// P of this warp's rows from S on, with m as it must be.
+  DEVICE void exponentiate_again(const Queries<Row>& q, typename F::Scores& s,
+                                 typename F::Output& o, int j, bool on_edge) {
+    q.multiply_alone(s, shared_ + F::shared.q + q_ring_.stage * F::QTile::bytes, warp_row(),
+                     keys(ring_.stage));
+    change_scores(s, j, on_edge);
+    float alpha[2];
+    if (!softmax_.exponentiate<false>(s, p_.factor, alpha)) return;
+    UNROLL
+    for (int r = 0; r < 2; ++r) {
       UNROLL
-      for (int r = 0; r < 2; ++r) {
-        UNROLL
-        for (int c = 0; c < F::Output::columns; ++c) o(r, c) *= alpha[r];
-      }
+      for (int c = 0; c < F::Output::columns; ++c) o(r, c) *= alpha[r];
     }
   }
 
@@ -287,7 +350,7 @@ private:
   /// or row by row where those past the end belong to another sequence.
   DEVICE void store_part(const typename F::Output& o, int part) {
     using Tile = typename F::OTile;
-    const int row = 64 * index_ + warp_index() % 4 * 16, query = tile_.first_query + row;
+    const int row = warp_row(), query = tile_.first_query + row;
     const int first_column = part * Tile::columns;
     const uint32_t strip = shared_ + F::shared.o + row * Tile::row_bytes;
     if (lane_index() == 0) bulk_wait_read<0>(); // what was there has left
@@ -321,7 +384,8 @@ private:
     }
   }
 
-  DEVICE int first_query() const { return tile_.first_query + 64 * index_ + warp_index() % 4 * 16; }
+  DEVICE int warp_row() const { return 64 * index_ + warp_index() % 4 * 16; } // of the tile
+  DEVICE int first_query() const { return tile_.first_query + warp_row(); }
   DEVICE uint32_t keys(int stage) const { return shared_ + F::shared.k + stage * F::KTile::bytes; }
   DEVICE uint32_t values(int stage) const { return shared_ + stage * F::VTile::bytes; }
 

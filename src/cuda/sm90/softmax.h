@@ -7,11 +7,12 @@
 namespace anyflash::sm90 {
 
 /// The state of the two rows that this thread holds, for scores that are `factor` away from log2
-/// units. m: reference exponent in log2 units, at most `headroom` below the true maximum; l: sum of
-/// P over this thread's columns, added up over the row's four threads at the end.
+/// units. m: reference exponent in log2 units, so near to the true maximum that no sum of P is out
+/// of range; l: sum of P over this thread's columns, added up over the row's four threads at the
+/// end.
 struct OnlineSoftmax {
   /// m follows the true maximum only when it has moved by more than this, so that O is rescaled
-  /// rarely; P <= 2^headroom cancels in O / l and in L = m + log2(l).
+  /// rarely; a P above 1 cancels in O / l and in L = m + log2(l).
   static constexpr float headroom = 8;
   /// Below every score but finite, so that exp2(-inf - m) is 0 and nothing is ever inf - inf.
   static constexpr float no_key = -1e38f;
@@ -38,6 +39,28 @@ struct OnlineSoftmax {
         m[r] = new_m;
       }
     }
+    float growth[2];
+    to_probabilities(s, factor, growth);
+    add(growth);
+    return moved;
+  }
+
+  /// The same with m as it was, whatever the maximum: that is cheaper, and nearly always right.
+  /// growth: what l is to grow by. False if a P of the warp may be too large; then S is lost.
+  template <class Scores>
+  DEVICE bool exponentiate_by_old_m(Scores& s, float factor, float (&growth)[2]) const {
+    to_probabilities(s, factor, growth);
+    return __all_sync(0xffffffff, fmaxf(growth[0], growth[1]) <= largest_growth);
+  }
+
+  DEVICE void add(const float (&growth)[2]) { l[0] += growth[0], l[1] += growth[1]; }
+
+private:
+  static constexpr float largest_growth = 8192; // fp16 holds it
+
+  /// P, and the sums over this thread's columns.
+  template <class Scores>
+  DEVICE void to_probabilities(Scores& s, float factor, float (&growth)[2]) const {
     float sums[2][chains];
     UNROLL
     for (int c = 0; c < Scores::columns; ++c) {
@@ -48,11 +71,9 @@ struct OnlineSoftmax {
       }
     }
     UNROLL
-    for (int r = 0; r < 2; ++r) l[r] += (sums[r][0] + sums[r][1]) + (sums[r][2] + sums[r][3]);
-    return moved;
+    for (int r = 0; r < 2; ++r) growth[r] = (sums[r][0] + sums[r][1]) + (sums[r][2] + sums[r][3]);
   }
 
-private:
   template <class Scores>
   DEVICE static void column_maxima(const Scores& s, float (&largest)[2]) {
     float partial[2][chains];
