@@ -181,7 +181,11 @@ def _values(
     elif case.values == "rising" and name == "k":
         # Scores rise by a few log2 units a block, so that every step moves the row maximum.
         x += np.linspace(0, 4, shape[-3], dtype=np.float32)[:, None, None]
-    elif case.values == "rising" and name == "q":
+    elif case.values == "falling" and name == "k":
+        # By some 30 nats from one block of 128 keys to the block in front of it: P = exp(S - m)
+        # would be out of range by the m of a later block.
+        x += np.linspace(16, 0, shape[-3], dtype=np.float32)[:, None, None]
+    elif case.values in ("rising", "falling") and name == "q":
         x = np.abs(x)
     return x
 

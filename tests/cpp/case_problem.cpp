@@ -22,7 +22,7 @@ int64_t total(const Case& c, int Lengths::* length, int dense) {
 }
 
 /// The distributions of the list, for tensor q, k, v or d (dout). `row` and `rows`: position in the
-/// sequence, for "rising".
+/// sequence, for "rising" and "falling".
 double draw(const Case& c, char tensor, int64_t row, int64_t rows, std::mt19937& random) {
   const double x = std::normal_distribution<double>()(random);
   if (tensor == 'd') return x; // dout: gradients of every size of the inputs
@@ -30,7 +30,9 @@ double draw(const Case& c, char tensor, int64_t row, int64_t rows, std::mt19937&
   if (c.values == "constant") return 0.75;
   if (c.values == "tiny") return 1e-39 * x;
   if (c.values == "rising" && tensor == 'k') return x + 4.0 * row / std::max<int64_t>(1, rows - 1);
-  if (c.values == "rising" && tensor == 'q') return std::abs(x);
+  if (c.values == "falling" && tensor == 'k')
+    return x + 16.0 - 16.0 * row / std::max<int64_t>(1, rows - 1);
+  if ((c.values == "rising" || c.values == "falling") && tensor == 'q') return std::abs(x);
   return x;
 }
 

@@ -222,8 +222,10 @@ private:
     for (int j = share_.last - 1; j >= share_.begin; --j)
       step(q, s, p, o, j, share_.own.on_edge(j));
     if constexpr (!Row::q_in_registers) release_queries();
-    meet();
-    release(barriers_.k_empty(ring_.stage));
+    if constexpr (Row::late_maximum) {
+      meet();
+      release(barriers_.k_empty(ring_.stage));
+    }
     const Place<Row::stages> last = ring_;
     ring_.next();
     mbarrier_wait(barriers_.v_full(last.stage), last.parity);
@@ -238,40 +240,59 @@ private:
     if (foreign && (j + 1) * Row::Bc > tile_.seqlen_k) clear_values(j);
     wgmma_wait<0>();
     keep(s.x);
+    if constexpr (!Row::late_maximum) release(barriers_.k_empty(ring_.stage));
     change_scores(s, j, share_.own.on_edge(j));
     softmax_.exponentiate<true>(s, p_.factor, alpha);
     p.round(s);
   }
 
-  /// O += P V of block j + 1, and P of block j. K of a block stays until the next one's turn, when
-  /// all warps have their P: a warp may need S again.
+  /// O += P V of block j + 1, and P of block j. Late maximum: K of a block stays until the next
+  /// one's turn, when all warps have their P, since a warp may need S again.
   DEVICE void step(Queries<Row>& q, typename F::Scores& s, typename F::Probabilities& p,
                    typename F::Output& o, int j, bool on_edge) {
     const Place<Row::stages> before = ring_;
     ring_.next();
     mbarrier_wait(barriers_.k_full(ring_.stage), ring_.parity);
     take_turn();
-    release(barriers_.k_empty(before.stage));
+    if constexpr (Row::late_maximum) release(barriers_.k_empty(before.stage));
     q.multiply(s, keys(ring_.stage));
     mbarrier_wait(barriers_.v_full(before.stage), before.parity);
     multiply_values<Row>(o, p, values(before.stage));
     pass_turn();
     wgmma_wait<1>();
     keep(s.x);
+    if constexpr (!Row::late_maximum) release(barriers_.k_empty(ring_.stage));
     change_scores(s, j, on_edge);
-    float growth[2];
-    const bool fits = softmax_.exponentiate_by_old_m(s, p_.factor, growth);
+    if constexpr (Row::late_maximum) {
+      exponentiate_by_old_m(q, s, p, o, j, on_edge);
+    } else {
+      float alpha[2];
+      const bool moved = softmax_.exponentiate<false>(s, p_.factor, alpha);
+      round(s, p, o);
+      if (moved) rescale(o, alpha);
+    }
+    release(barriers_.v_empty(before.stage));
+  }
+
+  /// P with m as it was; where that would be too large, from S on again.
+  DEVICE void exponentiate_by_old_m(const Queries<Row>& q, typename F::Scores& s,
+                                    typename F::Probabilities& p, typename F::Output& o, int j,
+                                    bool on_edge) {
+    float growth[2], alpha[2];
+    const bool fits = softmax_.exponentiate_by_old_m<T>(s, p_.factor, growth);
     if constexpr (Row::round_early) round(s, p, o);
     if (fits) {
       softmax_.add(growth);
     } else {
       wgmma_wait<0>(); // before products of the other kind
       keep(o.x);
-      exponentiate_again(q, s, o, j, on_edge);
+      q.multiply_alone(s, shared_ + F::shared.q + q_ring_.stage * F::QTile::bytes, warp_row(),
+                       keys(ring_.stage));
+      change_scores(s, j, on_edge);
+      if (softmax_.exponentiate<false>(s, p_.factor, alpha)) rescale(o, alpha);
       if constexpr (Row::round_early) round(s, p, o);
     }
     if constexpr (!Row::round_early) round(s, p, o);
-    release(barriers_.v_empty(before.stage));
   }
 
   /// Ends O += P V, and only then: the tensor cores read p until here.
@@ -283,14 +304,7 @@ private:
     p.round(s);
   }
 
-  /// P of this warp's rows from S on, with m as it must be.
-  DEVICE void exponentiate_again(const Queries<Row>& q, typename F::Scores& s,
-                                 typename F::Output& o, int j, bool on_edge) {
-    q.multiply_alone(s, shared_ + F::shared.q + q_ring_.stage * F::QTile::bytes, warp_row(),
-                     keys(ring_.stage));
-    change_scores(s, j, on_edge);
-    float alpha[2];
-    if (!softmax_.exponentiate<false>(s, p_.factor, alpha)) return;
+  DEVICE static void rescale(typename F::Output& o, const float (&alpha)[2]) {
     UNROLL
     for (int r = 0; r < 2; ++r) {
       UNROLL

@@ -46,18 +46,17 @@ struct OnlineSoftmax {
   }
 
   /// The same with m as it was, whatever the maximum: that is cheaper, and nearly always right.
-  /// growth: what l is to grow by. False if a P of the warp may be too large; then S is lost.
-  template <class Scores>
+  /// growth: what l is to grow by. False if a P of the warp may be too large for T; then S is lost.
+  template <class T, class Scores>
   DEVICE bool exponentiate_by_old_m(Scores& s, float factor, float (&growth)[2]) const {
+    constexpr float largest = same<T, fp16> ? 0x1p15f : 0x1p32f;
     to_probabilities(s, factor, growth);
-    return __all_sync(0xffffffff, fmaxf(growth[0], growth[1]) <= largest_growth);
+    return __all_sync(0xffffffff, fmaxf(growth[0], growth[1]) <= largest);
   }
 
   DEVICE void add(const float (&growth)[2]) { l[0] += growth[0], l[1] += growth[1]; }
 
 private:
-  static constexpr float largest_growth = 8192; // fp16 holds it
-
   /// P, and the sums over this thread's columns.
   template <class Scores>
   DEVICE void to_probabilities(Scores& s, float factor, float (&growth)[2]) const {
