@@ -51,7 +51,8 @@ struct OnlineSoftmax {
   DEVICE bool exponentiate_by_old_m(Scores& s, float factor, float (&growth)[2]) const {
     constexpr float largest = same<T, fp16> ? 0x1p15f : 0x1p32f;
     to_probabilities(s, factor, growth);
-    return __all_sync(0xffffffff, fmaxf(growth[0], growth[1]) <= largest);
+    const bool fits = fmaxf(growth[0], growth[1]) <= largest;
+    return !__any_sync(0xffffffff, !fits);
   }
 
   DEVICE void add(const float (&growth)[2]) { l[0] += growth[0], l[1] += growth[1]; }
