@@ -105,7 +105,8 @@ bool in_forced_image(const Row& row) {
 /// Of two rows that differ in their tiles alone: large ones read K and V less often, small ones
 /// waste less along the edge of a mask. Measured: docs/kernels/sm90_forward.md.
 bool small_tiles(const Problem& problem) {
-  return problem.mask.right != Mask::unbounded && problem.seqlen_q <= 2048;
+  return problem.mask.right != Mask::unbounded && problem.seqlen_q > 512 &&
+         problem.seqlen_q <= 1024;
 }
 
 /// True if row a is the better of two that serve: newer family, plain, then the smaller bucket.
@@ -166,6 +167,16 @@ std::string available_on(const Problem& problem, const anyflash_device& device) 
   return all.empty() ? "none" : all;
 }
 
+/// Thread blocks that stay and take tile after tile, head after head: one a multiprocessor. Where
+/// that gave each the same place in every head, they were seen to hold each other up (by a fifth at
+/// d 64; docs/kernels/sm90_forward.md), so then it is one fewer, unless that costs a round.
+uint32_t staying_blocks(uint32_t tiles, int64_t tiles_of_head, const anyflash_device& device) {
+  const auto all = static_cast<uint32_t>(device.multiprocessors);
+  if (tiles <= all) return tiles;
+  const bool in_step = tiles_of_head > 1 && all % tiles_of_head == 0;
+  return in_step && ceil_div(tiles, all - 1) == ceil_div(tiles, all) ? all - 1 : all;
+}
+
 /// One thread block for each block of rows, head and sequence. Each factor is below 2^31, the
 /// product of two below 2^62.
 uint32_t grid_of(const char* rows, int64_t blocks, int64_t heads, int64_t batch) {
@@ -211,10 +222,9 @@ anyflash_plan plan_on_gpu(const Problem& problem, const anyflash_device& device)
   const uint32_t of_queries =
       grid_of("query", ceil_div(problem.seqlen_q, row->Br), problem.heads, problem.batch);
   if (problem.op == ANYFLASH_FORWARD) {
-    // Thread blocks of the sm90 family stay and take tile after tile.
-    const auto resident = static_cast<uint32_t>(device.multiprocessors);
-    const bool stay = row->family == "sm90";
-    add_launch(plan, *row, ANYFLASH_KERNEL, stay ? std::min(of_queries, resident) : of_queries);
+    const int64_t of_head = ceil_div(problem.seqlen_q, row->Br);
+    add_launch(plan, *row, ANYFLASH_KERNEL,
+               row->family == "sm90" ? staying_blocks(of_queries, of_head, device) : of_queries);
     return plan;
   }
   if (problem.heads == 0)
