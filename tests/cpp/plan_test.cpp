@@ -71,11 +71,28 @@ TEST(Plan, AForcedImageBringsItsFamily) {
   EXPECT_EQ(row_of(plan_on(90, {2, 301, 300, 4, 4, 64, 64})).family, "sm80");
 }
 
-TEST(Plan, ShortCausalProblemsGetSmallTiles) {
-  const auto causal = [](anyflash_problem& p) { p.causal = 1; };
-  EXPECT_EQ(plan_on(90, {2, 1024, 1024, 4, 4, 64, 64}, causal).Br, 128);
-  EXPECT_EQ(plan_on(90, {2, 4096, 4096, 4, 4, 64, 64}, causal).Br, 192);
-  EXPECT_EQ(plan_on(90, {2, 1024, 1024, 4, 4, 64, 64}).Br, 192);
+TEST(Plan, SmallTilesServeCausalProblemsOfMiddleLength) {
+  const auto tile = [](int64_t length, int causal) {
+    anyflash_problem p = dense({2, length, length, 4, 4, 64, 64}, ANYFLASH_BFLOAT16, ANYFLASH_CUDA);
+    p.causal = causal;
+    return make_plan(validate(p), gpu(90)).Br;
+  };
+  for (const int64_t length : {513, 1024}) EXPECT_EQ(tile(length, 1), 128) << length;
+  for (const int64_t length : {512, 1025, 2048}) EXPECT_EQ(tile(length, 1), 192) << length;
+  EXPECT_EQ(tile(1024, 0), 192) << "full";
+}
+
+TEST(Plan, ThreadBlocksThatStayChangeTheirPlaceFromHeadToHead) {
+  const auto blocks = [](int64_t batch, int64_t length, int64_t heads, int64_t d) {
+    return plan_on(90, {batch, length, length, heads, heads, d, d}).launches[0].grid[0];
+  };
+  EXPECT_EQ(blocks(4, 4096, 32, 64), 131u) << "22 tiles a head divide 132";
+  EXPECT_EQ(blocks(2, 8192, 32, 64), 132u) << "43 do not";
+  EXPECT_EQ(blocks(8, 2048, 16, 128), 132u) << "16 do not";
+  EXPECT_EQ(blocks(2, 2048, 12, 64), 132u) << "two rounds of 132, or three of 131";
+  EXPECT_EQ(blocks(300, 192, 1, 64), 132u) << "one tile a head has no place";
+  EXPECT_EQ(blocks(1, 2048, 12, 64), 132u) << "as many as tiles";
+  EXPECT_EQ(blocks(1, 2048, 2, 64), 22u) << "as many as tiles";
 }
 
 TEST(Plan, EveryRowIsChosenForItsOwnHeadDims) {
@@ -84,11 +101,11 @@ TEST(Plan, EveryRowIsChosenForItsOwnHeadDims) {
     for (const int capability : generations()) {
       if (!row.in_image(image_for(capability, row.family))) continue;
       anyflash_problem p =
-          dense({1, 256, 256, 2, 2, row.d, row.dv}, static_cast<int>(row.dtype), ANYFLASH_CUDA);
+          dense({1, 1024, 1024, 2, 2, row.d, row.dv}, static_cast<int>(row.dtype), ANYFLASH_CUDA);
       if (row.variant == "general") p.softcap = 30;
       if (row.op == "backward") p = backward_of(p);
       if (row.shared_bytes() > gpu(capability).shared_bytes) continue;
-      for (const int causal : {0, 1}) { // some rows have tiles for masks
+      for (const int causal : {0, 1}) { // some tiles are for masks of this length
         p.causal = causal;
         chosen.insert(make_plan(validate(p), gpu(capability)).launches[0].row);
       }
