@@ -218,7 +218,8 @@ template <class Tile>
 DEVICE void load_rows(uint32_t tile, const TensorMap* map, uint32_t barrier, int column, int first,
                       int row, int length, int head, int batch) {
   const int valid = max(0, min(Tile::rows, length - row));
-  const int skip = Tile::rows - valid, end = first + row + valid;
+  // Of a box without a row nothing is used, but where it begins must be memory: the tensor's start.
+  const int skip = Tile::rows - valid, end = valid > 0 ? first + row + valid : 0;
   ROLLED
   for (int page = 0; page < Tile::pages; ++page)
     tma_load_ragged(tile + page * Tile::page_bytes, map, barrier,
