@@ -5,7 +5,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <span>
-#include <vector>
 
 #include "core/driver.h"
 #include "core/error.h"
@@ -54,17 +53,24 @@ bool starts_early(const Row& row, const anyflash_launch& launch) {
   return row.family == "sm90" && row.op == "backward" && launch.entry != ANYFLASH_KERNEL_PRE;
 }
 
-std::vector<cuda::LaunchAttribute> attributes_of(const Row& row, const anyflash_launch& launch,
-                                                 int driver_version) {
-  std::vector<cuda::LaunchAttribute> attributes;
-  if (starts_early(row, launch) && driver_version >= graphs_know_early_starts) {
-    cuda::LaunchAttribute& early = attributes.emplace_back();
-    early.id = cuda::programmatic_stream_serialization;
-    early.value = 1;
+/// What a launch asks for beyond its grid; on the stack, since every call passes here.
+struct Attributes {
+  cuda::LaunchAttribute list[2];
+  unsigned count = 0;
+
+  cuda::LaunchAttribute& add(cuda::LaunchAttributeId id) {
+    cuda::LaunchAttribute& attribute = list[count++] = {};
+    attribute.id = id;
+    return attribute;
   }
+};
+
+Attributes attributes_of(const Row& row, const anyflash_launch& launch, int driver_version) {
+  Attributes attributes;
+  if (starts_early(row, launch) && driver_version >= graphs_know_early_starts)
+    attributes.add(cuda::programmatic_stream_serialization).value = 1;
   if (row.cluster() > 1 && launch.entry == ANYFLASH_KERNEL) {
-    cuda::LaunchAttribute& cluster = attributes.emplace_back();
-    cluster.id = cuda::cluster_dimension;
+    cuda::LaunchAttribute& cluster = attributes.add(cuda::cluster_dimension);
     cluster.blocks[0] = static_cast<unsigned>(row.cluster());
     cluster.blocks[1] = cluster.blocks[2] = 1;
   }
@@ -75,13 +81,13 @@ void launch_one(const anyflash_launch& launch, const Row& row, void* params, int
                 void* stream) {
   void* arguments[] = {params};
   const cuda::Driver& driver = cuda::driver();
-  std::vector<cuda::LaunchAttribute> attributes = attributes_of(row, launch, driver.version);
+  Attributes attributes = attributes_of(row, launch, driver.version);
   const cuda::LaunchConfig config = {{launch.grid[0], launch.grid[1], launch.grid[2]},
                                      {launch.threads, 1, 1},
                                      launch.shared_bytes,
                                      stream,
-                                     attributes.data(),
-                                     static_cast<unsigned>(attributes.size())};
+                                     attributes.list,
+                                     attributes.count};
   const cuda::Kernel kernel = kernel_of(row, static_cast<anyflash_entry>(launch.entry), device);
   const cuda::Status status = driver.LaunchKernelEx(&config, kernel, arguments, nullptr);
   if (status != 0) driver.fail(status, "launching kernel " + row.name());

@@ -218,8 +218,7 @@ template <class Tile>
 DEVICE void load_rows(uint32_t tile, const TensorMap* map, uint32_t barrier, int column, int first,
                       int row, int length, int head, int batch) {
   const int valid = max(0, min(Tile::rows, length - row));
-  // Of a box without a row nothing is used; it begins at the tensor's start, not behind its end.
-  const int skip = Tile::rows - valid, end = valid > 0 ? first + row + valid : 0;
+  const int skip = Tile::rows - valid, end = first + row + valid;
   ROLLED
   for (int page = 0; page < Tile::pages; ++page)
     tma_load_ragged(tile + page * Tile::page_bytes, map, barrier,
