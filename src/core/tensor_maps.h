@@ -28,7 +28,8 @@ sm90::TensorMap tensor_map(const View& view, const Extents& extents, DType dtype
 /// whatever lies there: the rows of a packed sequence, or those in use. The rows are two dimensions
 /// with the same stride: a box begins at box_rows - valid of the first, past whose end there are
 /// zeros, and at row + valid of the second, which makes up for that and for a base that is box_rows
-/// rows too low.
+/// rows too low. No box may be empty: of one that holds nothing, also for its columns, the copy
+/// engine touches the base of the map, which may be in memory that does not exist (seen on an H100).
 sm90::TensorMap ragged_tensor_map(const View& view, const Extents& extents, DType dtype,
                                   int columns, int box_rows);
 

@@ -70,6 +70,7 @@ DEVICE void backward(const BackwardParams& p) {
     const int watchers = p.turns ? 2 : (p.zeroed ? 1 : 0) + F::pair;
     BackwardBarriers<Row>{shared_address(shared_memory) + F::at.barriers}.init(watchers);
   }
+  zero_missing_pages<Row>(p, shared_address(shared_memory));
   if constexpr (F::pair)
     cluster_sync();
   else

@@ -41,12 +41,14 @@ private:
   /// The columns of this block's part of dQ.
   DEVICE void load_keys(const volatile Work& work) {
     using Tile = typename F::PeerKTile;
+    const int column = F::split_queries ? 0 : F::rank() * Tile::columns;
+    const int pages = pages_with<Tile>(p_.d, column);
     mbarrier_wait(barriers_.peer_k_empty(), keys_.phase() ^ 1);
     if (lane_index() == 0) {
-      mbarrier_arrive_expect(barriers_.peer_k_full(), Tile::bytes);
-      load_rows<Tile>(shared_ + F::at.peer_k, &p_.k_map, barriers_.peer_k_full(),
-                      F::split_queries ? 0 : F::rank() * Tile::columns, work.first_k,
-                      work.first_key ^ Row::Bc, work.seqlen_k, work.head_k, work.batch);
+      mbarrier_arrive_expect(barriers_.peer_k_full(), pages * Tile::page_bytes);
+      load_rows<Tile>(shared_ + F::at.peer_k, pages, &p_.k_map, barriers_.peer_k_full(), column,
+                      work.first_k, work.first_key ^ Row::Bc, work.seqlen_k, work.head_k,
+                      work.batch);
     }
     keys_.advance();
   }

@@ -6,6 +6,7 @@
 #include "cuda/attn/score.h"
 #include "cuda/ptx/atomic.h"
 #include "cuda/ptx/cluster.h"
+#include "cuda/ptx/copy.h"
 #include "cuda/ptx/ldmatrix.h"
 #include "cuda/ptx/tma.h"
 #include "cuda/ptx/warpgroup.h"
@@ -212,15 +213,38 @@ private:
   Ring<2> at_;
 };
 
-/// Copies a tile of the columns from `column` and the rows from `row` on of a sequence that begins
-/// at row `first` of a packed tensor and has `length` rows; rows past these are zeros.
+/// Pages of a tile, from `column` on, that have columns of a tensor of `columns`. Only these are
+/// loaded: the copy engine must not be asked for a box of a ragged map that holds nothing. The
+/// others are zeros from the start.
 template <class Tile>
-DEVICE void load_rows(uint32_t tile, const TensorMap* map, uint32_t barrier, int column, int first,
-                      int row, int length, int head, int batch) {
-  const int valid = max(0, min(Tile::rows, length - row));
-  const int skip = Tile::rows - valid, end = first + row + valid;
+DEVICE int pages_with(int columns, int column = 0) {
+  if constexpr (Tile::pages == 1) return 1;
+  return max(0, min(Tile::pages, (columns - column + Tile::page_columns - 1) / Tile::page_columns));
+}
+
+/// Zeroes all tiles, by all threads, where some pages will not be loaded.
+template <class Row>
+DEVICE void zero_missing_pages(const BackwardParams& p, uint32_t shared) {
+  using F = Backward<Row>;
+  using Q = typename F::QTile;
+  using O = typename F::OTile;
+  if (pages_with<Q>(p.d) == Q::pages && pages_with<O>(p.dv) == O::pages) return;
   ROLLED
-  for (int page = 0; page < Tile::pages; ++page)
+  for (int at = threadIdx.x * 16; at < F::at.stats; at += Row::warps * (32 * 16))
+    st_shared(shared + at, uint4{0, 0, 0, 0});
+  fence_async_shared();
+}
+
+/// Copies `pages` pages of a tile of the columns from `column` and the rows from `row` on of a
+/// sequence that begins at row `first` of a packed tensor and has `length` rows, at least one; rows
+/// past these are zeros. Where none are left it is the last one.
+template <class Tile>
+DEVICE void load_rows(uint32_t tile, int pages, const TensorMap* map, uint32_t barrier, int column,
+                      int first, int row, int length, int head, int batch) {
+  const int valid = max(1, min(Tile::rows, length - row));
+  const int skip = Tile::rows - valid, end = first + min(row, length - 1) + valid;
+  ROLLED
+  for (int page = 0; page < pages; ++page)
     tma_load_ragged(tile + page * Tile::page_bytes, map, barrier,
                     column + page * Tile::page_columns, skip, end, head, batch);
 }
@@ -257,12 +281,12 @@ private:
       if (left == 1 + steps_alone(work)) mbarrier_arrive(barriers_.work_wanted());
       load_queries(work, at);
       if (first)
-        load_keys<typename F::KTile>(work, &p_.k_map, F::at.k, barriers_.k_full(kv_.stage()),
+        load_keys<typename F::KTile>(work, p_.d, &p_.k_map, F::at.k, barriers_.k_full(kv_.stage()),
                                      barriers_.k_empty(kv_.stage()));
       load_gradients(work, at);
       if (first) {
-        load_keys<typename F::VTile>(work, &p_.v_map, F::at.v, barriers_.v_full(kv_.stage()),
-                                     barriers_.v_empty(kv_.stage()));
+        load_keys<typename F::VTile>(work, p_.dv, &p_.v_map, F::at.v,
+                                     barriers_.v_full(kv_.stage()), barriers_.v_empty(kv_.stage()));
         kv_.advance();
       }
       at.advance(work);
@@ -287,30 +311,33 @@ private:
     step.on_edge = at.i < work.full_begin || at.i >= work.full_end;
     step.head = work.head + at.head;
     const uint32_t full = barriers_.q_full(q_.stage());
-    mbarrier_arrive_expect(full, F::QTile::bytes + F::stats_bytes);
+    using Tile = typename F::QTile;
+    const int pages = pages_with<Tile>(p_.d);
+    mbarrier_arrive_expect(full, pages * Tile::page_bytes + F::stats_bytes);
     bulk_load(shared_ + F::at.stats + q_.stage() * F::stats_bytes, p_.row_stats + first_row * 2,
               F::stats_bytes, full);
-    load_rows<typename F::QTile>(shared_ + F::at.q + q_.stage() * F::QTile::bytes, &p_.q_map, full,
-                                 0, work.first_q, at.i * Row::Br, work.seqlen_q,
-                                 work.head + at.head, work.batch);
+    load_rows<Tile>(shared_ + F::at.q + q_.stage() * Tile::bytes, pages, &p_.q_map, full, 0,
+                    work.first_q, at.i * Row::Br, work.seqlen_q, work.head + at.head, work.batch);
   }
 
   DEVICE void load_gradients(const volatile Work& work, const QueryCursor& at) {
     const auto& o = gradients();
     const uint32_t full = barriers_.o_full(o.stage());
     mbarrier_wait(barriers_.o_empty(o.stage()), o.phase() ^ 1);
-    mbarrier_arrive_expect(full, F::OTile::bytes);
-    load_rows<typename F::OTile>(shared_ + F::at.o + o.stage() * F::OTile::bytes, &p_.dout_map,
-                                 full, 0, work.first_q, at.i * Row::Br, work.seqlen_q,
-                                 work.head + at.head, work.batch);
+    using Tile = typename F::OTile;
+    const int pages = pages_with<Tile>(p_.dv);
+    mbarrier_arrive_expect(full, pages * Tile::page_bytes);
+    load_rows<Tile>(shared_ + F::at.o + o.stage() * Tile::bytes, pages, &p_.dout_map, full, 0,
+                    work.first_q, at.i * Row::Br, work.seqlen_q, work.head + at.head, work.batch);
   }
 
   template <class Tile>
-  DEVICE void load_keys(const volatile Work& work, const TensorMap* map, int offset, uint32_t full,
-                        uint32_t empty) {
+  DEVICE void load_keys(const volatile Work& work, int columns, const TensorMap* map, int offset,
+                        uint32_t full, uint32_t empty) {
+    const int pages = pages_with<Tile>(columns);
     mbarrier_wait(empty, kv_.phase() ^ 1);
-    mbarrier_arrive_expect(full, Tile::bytes);
-    load_rows<Tile>(shared_ + offset + kv_.stage() * Tile::bytes, map, full, 0, work.first_k,
+    mbarrier_arrive_expect(full, pages * Tile::page_bytes);
+    load_rows<Tile>(shared_ + offset + kv_.stage() * Tile::bytes, pages, map, full, 0, work.first_k,
                     work.first_key, work.seqlen_k, work.head_k, work.batch);
   }
 
