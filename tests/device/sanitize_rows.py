@@ -1,7 +1,7 @@
 """Launches every row of the table on small odd shapes: what compute-sanitizer watches.
 
 usage: compute-sanitizer python tests/device/sanitize_rows.py [--op forward] [--family sm80]
-                                                              [--plan-only sm_90]
+                                                              [--rows TEXT] [--plan-only sm_90]
 
 --family: only its rows; where a GPU has images of several families, ANYFLASH_IMAGE says which one
 the plan prefers. Rows of the backward run after the forward that they need, with free and with
@@ -271,6 +271,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--op", default="forward", choices=("forward", "backward"))
     parser.add_argument("--family", help="only rows of this family")
+    parser.add_argument("--rows", default="", metavar="TEXT", help="only rows whose name holds it")
     parser.add_argument("--plan-only", metavar="sm_NN", help="no GPU: which rows would be reached")
     arguments = parser.parse_args()
     driver, device = None, None
@@ -283,6 +284,7 @@ def main() -> int:
     known = [row for row in rows if row and row["op"] == arguments.op]
     if arguments.family:
         known = [row for row in known if row["family"] == arguments.family]
+    known = [row for row in known if arguments.rows in row[0]]
     reached, tried, cases = set(), set(), 0
     for row in known:
         if same_kernel(row) in tried:

@@ -92,15 +92,16 @@ protected:
   /// released: Q has as many stages, and this block's was loaded after that.
   DEVICE void store(const Operand& x, uint32_t tile) const {
     static_assert(Row::q_stages == 2);
-    const int thread = recomputed(threadIdx.x);
-    const int row = thread / 32 % 4 * 16 + thread % 16;
     UNROLL
-    for (int k = 0; k < Scores::width / 16; ++k) {
-      const int first_chunk = F::apart ? 0 : index_ * (Scores::width / 8);
-      const int chunk = first_chunk + 2 * k + thread / 16 % 2;
-      stmatrix_x4(tile + Tile::offset(row, chunk), x.a[4 * k], x.a[4 * k + 1], x.a[4 * k + 2],
+    for (int k = 0; k < Scores::width / 16; ++k)
+      stmatrix_x4(tile + chunk_offset(k), x.a[4 * k], x.a[4 * k + 1], x.a[4 * k + 2],
                   x.a[4 * k + 3]);
-    }
+  }
+  /// What store() put there.
+  DEVICE void load(Operand& x, uint32_t tile) const {
+    UNROLL
+    for (int k = 0; k < Scores::width / 16; ++k)
+      ldmatrix_x4(reinterpret_cast<uint32_t(&)[4]>(x.a[4 * k]), tile + chunk_offset(k));
   }
   /// What this warp has stored may be read by products, of whoever waits for `full`.
   DEVICE void announce(uint32_t full) const {
@@ -112,6 +113,14 @@ protected:
     return shared_ + F::at.ds + stage.stage() * Tile::bytes;
   }
   DEVICE uint32_t p_tile(int stage) const { return shared_ + F::at.p + stage * Tile::bytes; }
+
+  /// Of this lane's part of the operand's 16 columns from 16 k on.
+  DEVICE int chunk_offset(int k) const {
+    const int thread = recomputed(threadIdx.x);
+    const int row = thread / 32 % 4 * 16 + thread % 16;
+    const int first_chunk = F::apart ? 0 : index_ * (Scores::width / 8);
+    return Tile::offset(row, first_chunk + 2 * k + thread / 16 % 2);
+  }
 
   WarpgroupOperand<T, F::direct_v ? F::direct_v : 16> v_; // the last columns of V
   typename Base::QRing q_;

@@ -10,12 +10,12 @@ namespace anyflash::sm90 {
 template <class Row>
 class ScoresInPair : ProductsByColumns<Row> {
   using Base = ProductsByColumns<Row>;
-  using Base::announce, Base::ds_tile, Base::lse, Base::p_tile, Base::release, Base::store;
-  using Base::barriers_, Base::kv_, Base::memory_, Base::o_, Base::p_, Base::q_;
-  using Base::shared_stage_, Base::v_;
+  using Base::announce, Base::ds_tile, Base::load, Base::lse, Base::p_tile, Base::release, Base::store;
+  using Base::barriers_, Base::kv_, Base::memory_, Base::p_;
+  using Base::v_;
   using Base::start_probability_gradients, Base::start_scores;
   using typename Base::Cap, typename Base::F, typename Base::Operand, typename Base::Scores;
-  static_assert(!F::general);
+  static_assert(!F::general && Row::q_stages == 2 && Row::o_stages == 2);
 
 public:
   DEVICE ScoresInPair(const BackwardParams& p, char* shared_memory) : Base(p, shared_memory, 0) {}
@@ -36,36 +36,38 @@ private:
     kv_.advance();
   }
 
-  /// One block of queries. P leaves as soon as it is there, so that dV runs while dP is awaited.
+  /// One block of queries. P leaves as soon as it is there, so that dV runs while dP is awaited, and
+  /// comes back from there: beside V and dP there are no registers for it.
   DEVICE void one_step(const volatile Work& work, bool last) {
     Operand p, ds;
     {
       Scores s;
-      start_scores(s, q_);
+      start_scores(s, stage_);
       wgmma_wait<0>();
       keep(s.x);
       Cap cap;
-      this->prepare(s, cap, work, q_);
-      probabilities(s, lse(q_), p_.factor);
+      this->prepare(s, cap, work, stage_);
+      probabilities(s, lse(stage_), p_.factor);
       p.round(s);
     }
     Scores dp;
-    start_probability_gradients(dp, o_);
-    mbarrier_wait(barriers_.p_empty(), shared_stage_.stage() ^ 1);
+    start_probability_gradients(dp, stage_);
+    mbarrier_wait(barriers_.p_empty(), stage_.stage() ^ 1);
     store(p, p_tile(0));
     announce(barriers_.p_full(0));
     wgmma_wait<0>();
     keep(dp.x);
-    release(barriers_.o_empty(o_.stage()));
+    release(barriers_.o_empty(stage_.stage()));
     if (last) release(barriers_.v_empty(kv_.stage()));
-    round_gradients(ds, p, dp, lse(q_) + Row::Br);
-    mbarrier_wait(barriers_.ds_empty(shared_stage_.stage()), shared_stage_.phase() ^ 1);
-    store(ds, ds_tile(shared_stage_));
-    announce(barriers_.ds_full(shared_stage_.stage()));
-    q_.advance();
-    o_.advance();
-    shared_stage_.advance();
+    load(p, p_tile(0));
+    round_gradients(ds, p, dp, lse(stage_) + Row::Br);
+    mbarrier_wait(barriers_.ds_empty(stage_.stage()), stage_.phase() ^ 1);
+    store(ds, ds_tile(stage_));
+    announce(barriers_.ds_full(stage_.stage()));
+    stage_.advance();
   }
+
+  Ring<2> stage_; // of Q, dO, and dS
 };
 
 } // namespace anyflash::sm90

@@ -21,7 +21,10 @@ struct TurnBarrier {
   static constexpr int threads = Backward<Row>::adders * warpgroup_size + 2 * warp_size;
 
   DEVICE static void arrive() { named_barrier_arrive(name, threads); }
-  DEVICE static void wait() { named_barrier_sync(name, threads); }
+  DEVICE static void wait() {
+    __syncwarp(); // one lane may still be sending
+    named_barrier_sync(name, threads);
+  }
 };
 
 /// How many key blocks have added to the queries that `at` stands at; of a pair, each to its half
