@@ -14,14 +14,17 @@
 
 namespace anyflash::sm90 {
 
-/// The barrier at which the adders are done with a block of queries.
+/// The barriers at which the adders are done with a block of queries: one for each of the two warps.
 template <class Row>
 struct TurnBarrier {
-  static constexpr int name = 1;
-  static constexpr int threads = Backward<Row>::adders * warpgroup_size + 2 * warp_size;
+  static constexpr int of_looker = 1, of_passer = 2;
+  static constexpr int threads = Backward<Row>::adders * warpgroup_size + warp_size;
 
-  DEVICE static void arrive() { named_barrier_arrive(name, threads); }
-  DEVICE static void wait() {
+  DEVICE static void arrive() {
+    named_barrier_arrive(of_looker, threads);
+    named_barrier_arrive(of_passer, threads);
+  }
+  DEVICE static void wait(int name) {
     __syncwarp(); // one lane may still be sending
     named_barrier_sync(name, threads);
   }
@@ -53,14 +56,15 @@ DEVICE void wait_for_turns(const BackwardParams& p, const char* shared_memory) {
         }
       }
       __syncwarp();
-      if (left < queries.steps) TurnBarrier<Row>::wait(); // for the block of queries before
+      // For the block of queries before.
+      if (left < queries.steps) TurnBarrier<Row>::wait(TurnBarrier<Row>::of_looker);
       if (lane_index() == 0) {
         st_shared(barriers.turn_of(), mine);
         mbarrier_arrive(barriers.turn());
       }
       at.advance(queries);
     }
-    if (queries.steps) TurnBarrier<Row>::wait();
+    if (queries.steps) TurnBarrier<Row>::wait(TurnBarrier<Row>::of_looker);
   });
 }
 
@@ -68,7 +72,7 @@ DEVICE void wait_for_turns(const BackwardParams& p, const char* shared_memory) {
 template <class Row>
 DEVICE void pass_turn_on(const BackwardParams& p, const volatile Work& work, QueryCursor& at) {
   int32_t* const turn = turn_of<Row>(p, work, at);
-  TurnBarrier<Row>::wait();
+  TurnBarrier<Row>::wait(TurnBarrier<Row>::of_passer);
   if (lane_index() == 0) add_release(turn);
   at.advance(added_queries<Row>(work));
 }
