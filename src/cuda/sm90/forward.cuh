@@ -126,7 +126,8 @@ class ForwardConsumer {
 
 public:
   DEVICE ForwardConsumer(const ForwardParams& p, uint32_t shared, int index)
-      : p_(p), shared_(shared), barriers_{shared + F::shared.barriers}, index_(index), slope_(0) {}
+      : p_(p), shared_(shared), barriers_{shared + F::shared.barriers}, index_(index), slope_(0),
+        tiles_(shared) {}
 
   /// The end is a tile like the others, whose S nobody looks at: so no branch stands between a
   /// product and its end.
@@ -162,14 +163,6 @@ public:
   }
 
 private:
-  DEVICE void next_tile(QueryTile& tile) {
-    mbarrier_wait(barriers_.tile_full(), tile_parity_);
-    tile_parity_ ^= 1;
-    const uint4 a = ld_shared_16(barriers_.tile()), b = ld_shared_16(barriers_.tile() + 16);
-    warp_arrive(barriers_.tile_empty());
-    tile = {int(a.x), int(a.y), int(a.z), int(a.w), int(b.x), int(b.y), int(b.z), int(b.w)};
-  }
-
   /// What this warpgroup's rows of a tile see. All warpgroups go through the same stages, but the
   /// first of them may hold nothing for this one.
   struct Share {
@@ -191,7 +184,7 @@ private:
 
   /// Starts S of the last block of the next tile.
   DEVICE void start(QueryTile& next, Queries<Row>& q, typename F::Scores& s) {
-    next_tile(next);
+    tiles_.pop(next);
     share_ = share_of(next);
     ROLLED
     for (int i = 0; i < share_.skipped; ++i) {
@@ -432,7 +425,7 @@ private:
   Share share_;
   Place<Row::stages> ring_;
   Place<Row::q_stages> q_ring_;
-  uint32_t tile_parity_ = 0;
+  TileQueue<Row> tiles_;
 };
 
 /// FlashAttention-3: thread blocks that stay, each a producer and two or three consumers.
@@ -446,7 +439,10 @@ DEVICE void forward(const ForwardParams& p) {
   const int role = warpgroup_index();
   if (role == 0) {
     fewer_registers<F::producer_registers>();
-    if (threadIdx.x < warp_size) ForwardProducer<Row>(p, shared).run();
+    if (warp_index() == 0)
+      ForwardProducer<Row>(p, shared).run();
+    else if (warp_index() == 1)
+      find_tiles<Row>(p, shared);
   } else {
     more_registers<F::consumer_registers>();
     ForwardConsumer<Row>(p, shared, role - 1).run();

@@ -1,6 +1,7 @@
 // What follows from a row of the table for the forward: tiles, fragments, barriers.
 #pragma once
 
+#include "cuda/ptx/copy.h"
 #include "cuda/ptx/warpgroup.h"
 #include "cuda/sm90/params.h"
 #include "cuda/sm90/shared_memory.h"
@@ -39,27 +40,30 @@ struct Forward {
   static constexpr int producer_registers = consumers == 2 ? 40 : consumers == 3 ? 32 : 24;
 };
 
-/// A barrier for each stage of a ring, and for what the producer says about its tiles.
+/// A barrier for each stage of a ring; one of them is of tiles that have been found.
 template <class Row>
 struct ForwardBarriers {
   uint32_t base;
 
   DEVICE uint32_t q_full(int stage) const { return base + 8 * stage; }
   DEVICE uint32_t q_empty(int stage) const { return base + 16 + 8 * stage; }
-  DEVICE uint32_t tile() const { return base + 32; } // 32 bytes
-  DEVICE uint32_t tile_full() const { return base + 192; }
-  DEVICE uint32_t tile_empty() const { return base + 200; }
+  DEVICE uint32_t tile_full(int slot) const { return base + 32 + 8 * slot; }
+  DEVICE uint32_t tile_empty(int slot) const { return base + 48 + 8 * slot; }
   DEVICE uint32_t k_full(int stage) const { return base + 64 + 8 * stage; }
   DEVICE uint32_t k_empty(int stage) const { return base + 96 + 8 * stage; }
   DEVICE uint32_t v_full(int stage) const { return base + 128 + 8 * stage; }
   DEVICE uint32_t v_empty(int stage) const { return base + 160 + 8 * stage; }
-  static_assert(Row::stages <= 4 && Row::q_stages <= 2 && 208 <= ForwardShared::barrier_bytes);
+  DEVICE uint32_t tile(int slot) const { return base + 192 + 32 * slot; } // 32 bytes
+  static_assert(Row::stages <= 4 && Row::q_stages <= 2 && 256 <= ForwardShared::barrier_bytes);
 
   /// By one thread.
   DEVICE void init() const {
     constexpr int warpgroups = Forward<Row>::consumers;
-    mbarrier_init(tile_full(), 1);
-    mbarrier_init(tile_empty(), warpgroups * warpgroup_arrivals);
+    UNROLL
+    for (int slot = 0; slot < 2; ++slot) {
+      mbarrier_init(tile_full(slot), 1);
+      mbarrier_init(tile_empty(slot), warpgroups * warpgroup_arrivals + warp_arrivals);
+    }
     UNROLL
     for (int stage = 0; stage < Row::q_stages; ++stage) {
       mbarrier_init(q_full(stage), 1);
@@ -87,8 +91,7 @@ struct Place {
   }
 };
 
-/// The tile at hand: one block of queries of one head of one sequence. The producer finds it and
-/// hands it over through shared memory.
+/// The tile at hand: one block of queries of one head of one sequence.
 struct QueryTile {
   int sequence; // -1: no more tiles
   int head;
@@ -107,6 +110,41 @@ struct QueryTile {
                                         p.window_left, p.window_right);
     return blocks.empty() ? KeyBlocks{0, 1, 1, 1} : blocks;
   }
+};
+
+/// Tiles on their way from the warp that finds them to those that load and compute.
+template <class Row>
+class TileQueue {
+public:
+  DEVICE explicit TileQueue(uint32_t shared) : barriers_{shared + Forward<Row>::shared.barriers} {}
+
+  /// By a warp.
+  DEVICE void push(const QueryTile& t) {
+    mbarrier_wait(barriers_.tile_empty(at_.stage), at_.parity ^ 1);
+    if (lane_index() == 0) {
+      const uint32_t slot = barriers_.tile(at_.stage);
+      st_shared(slot, uint4{uint32_t(t.sequence), uint32_t(t.head), uint32_t(t.first_query),
+                            uint32_t(t.rows)});
+      st_shared(slot + 16, uint4{uint32_t(t.seqlen_q), uint32_t(t.seqlen_k), uint32_t(t.first_q),
+                                 uint32_t(t.first_k)});
+      mbarrier_arrive(barriers_.tile_full(at_.stage));
+    }
+    at_.next();
+  }
+
+  /// By every warp of those that want it.
+  DEVICE void pop(QueryTile& tile) {
+    mbarrier_wait(barriers_.tile_full(at_.stage), at_.parity);
+    const uint32_t slot = barriers_.tile(at_.stage);
+    const uint4 a = ld_shared_16(slot), b = ld_shared_16(slot + 16);
+    warp_arrive(barriers_.tile_empty(at_.stage));
+    at_.next();
+    tile = {int(a.x), int(a.y), int(a.z), int(a.w), int(b.x), int(b.y), int(b.z), int(b.w)};
+  }
+
+private:
+  ForwardBarriers<Row> barriers_;
+  Place<2> at_;
 };
 
 } // namespace anyflash::sm90

@@ -1,4 +1,4 @@
-// The warp that finds tiles and starts copies: Q once a tile, K and V through their stages.
+// The warps that find tiles and start copies: Q once a tile, K and V through their stages.
 #pragma once
 
 #include "cuda/attn/key_blocks.h"
@@ -9,6 +9,33 @@
 
 namespace anyflash::sm90 {
 
+/// By one warp: every tile of this thread block, then the word that there are no more. Up to three
+/// tiles ahead of those who compute: in packed sequences it takes a while to find one.
+template <class Row>
+DEVICE void find_tiles(const ForwardParams& p, uint32_t shared) {
+  TileQueue<Row> queue(shared);
+  PackedOrder<Row> packed(p);
+  QueryTile tile;
+  int turn = 0; // of dense sequences
+  do {
+    Tile next;
+    do {
+      next = p.cu_seqlens_q ? packed.next(p) : p.order.tile(blockIdx.x, turn++);
+    } while (next.state == Tile::nothing);
+    tile.sequence = divide(next.head, p.heads);
+    tile.head = next.head - tile.sequence * p.heads.divisor;
+    tile.first_query = next.block * Row::Br;
+    const SequenceLengths lengths(p, tile.sequence);
+    tile.first_q = lengths.first_q;
+    tile.first_k = lengths.first_k;
+    tile.rows = lengths.rows_q;
+    tile.seqlen_q = lengths.seqlen_q;
+    tile.seqlen_k = lengths.seqlen_k;
+    if (next.state == Tile::end) tile.sequence = -1;
+    queue.push(tile);
+  } while (tile.sequence >= 0);
+}
+
 template <class Row>
 class ForwardProducer {
   using F = Forward<Row>;
@@ -16,77 +43,41 @@ class ForwardProducer {
 
 public:
   DEVICE ForwardProducer(const ForwardParams& p, uint32_t shared)
-      : p_(p), shared_(shared), barriers_{shared + F::shared.barriers}, packed_order_(p) {}
+      : p_(p), shared_(shared), barriers_{shared + F::shared.barriers}, tiles_(shared) {}
 
-  /// By one warp: every tile of this thread block, then the word that there are no more.
+  /// By one warp: the copies of every tile of this thread block.
   DEVICE void run() {
     if (lane_index() == 0) {
       prefetch_tensor_map(&p_.q_map);
       prefetch_tensor_map(&p_.k_map);
       prefetch_tensor_map(&p_.v_map);
     }
-    QueryTile tile = next_tile();
+    QueryTile tile;
     ROLLED
-    while (tile.sequence >= 0) {
-      hand_over(tile);
-      tile = load(tile);
+    while (true) {
+      tiles_.pop(tile);
+      if (tile.sequence < 0) break;
+      load(tile);
     }
-    hand_over(tile);
     pretend();
   }
 
 private:
-  DEVICE QueryTile next_tile() {
-    Tile next = p_.cu_seqlens_q ? packed_order_.next(p_) : p_.order.tile(blockIdx.x, turn_++);
-    ROLLED
-    while (next.state == Tile::nothing) next = p_.order.tile(blockIdx.x, turn_++);
-    QueryTile tile;
-    tile.sequence = divide(next.head, p_.heads);
-    tile.head = next.head - tile.sequence * p_.heads.divisor;
-    tile.first_query = next.block * Row::Br;
-    const SequenceLengths lengths(p_, tile.sequence);
-    tile.first_q = lengths.first_q;
-    tile.first_k = lengths.first_k;
-    tile.rows = lengths.rows_q;
-    tile.seqlen_q = lengths.seqlen_q;
-    tile.seqlen_k = lengths.seqlen_k;
-    if (next.state == Tile::end) tile.sequence = -1;
-    return tile;
-  }
-
-  DEVICE void hand_over(const QueryTile& tile) {
-    mbarrier_wait(barriers_.tile_empty(), tile_parity_ ^ 1);
-    if (lane_index() == 0) {
-      st_shared(barriers_.tile(), uint4{uint32_t(tile.sequence), uint32_t(tile.head),
-                                        uint32_t(tile.first_query), uint32_t(tile.rows)});
-      st_shared(barriers_.tile() + 16, uint4{uint32_t(tile.seqlen_q), uint32_t(tile.seqlen_k),
-                                             uint32_t(tile.first_q), uint32_t(tile.first_k)});
-      mbarrier_arrive(barriers_.tile_full());
-    }
-    tile_parity_ ^= 1;
-  }
-
-  /// Starts the copies of a tile as stages become free; returns the next tile, which is found while
-  /// the first copies are on their way.
-  DEVICE QueryTile load(const QueryTile& tile) {
+  /// Starts the copies of a tile as stages become free.
+  DEVICE void load(const QueryTile& tile) {
     const KeyBlocks blocks = tile.keys<Row>(p_);
     const int head_k = divide(tile.head, p_.group);
     const int batch = p_.cu_seqlens_q ? 0 : tile.sequence;
-    QueryTile next;
     ROLLED
     for (int j = blocks.end - 1; j >= blocks.begin; --j) {
       const int key = tile.first_k + j * Row::Bc;
       load_stage<typename F::KTile>(F::shared.k, p_.k_map, barriers_.k_full(ring_.stage),
                                     barriers_.k_empty(ring_.stage), key, head_k, batch);
-      if (j == blocks.end - 1) {
-        load_queries(tile, batch);
-        next = next_tile();
-      }
+      if (j == blocks.end - 1) load_queries(tile, batch);
       load_stage<typename F::VTile>(0, p_.v_map, barriers_.v_full(ring_.stage),
                                     barriers_.v_empty(ring_.stage), key, head_k, batch);
       ring_.next();
     }
-    return next;
   }
 
   /// Consumers start a product for the end too: on whatever is there.
@@ -129,11 +120,9 @@ private:
   const ForwardParams& p_;
   uint32_t shared_;
   Barriers barriers_;
-  PackedOrder<Row> packed_order_;
+  TileQueue<Row> tiles_;
   Place<Row::stages> ring_;
   Place<Row::q_stages> q_ring_;
-  uint32_t tile_parity_ = 0;
-  int turn_ = 0; // of dense sequences
 };
 
 } // namespace anyflash::sm90

@@ -10,10 +10,11 @@ namespace anyflash::sm90 {
 template <class Row>
 class ScoresInPair : ProductsByColumns<Row> {
   using Base = ProductsByColumns<Row>;
-  using Base::announce, Base::ds_tile, Base::load, Base::lse, Base::p_tile, Base::release, Base::store;
+  using Base::announce, Base::ds_tile, Base::load, Base::lse, Base::p_tile, Base::release,
+      Base::store;
   using Base::barriers_, Base::kv_, Base::memory_, Base::p_;
-  using Base::v_;
   using Base::start_probability_gradients, Base::start_scores;
+  using Base::v_;
   using typename Base::Cap, typename Base::F, typename Base::Operand, typename Base::Scores;
   static_assert(!F::general && Row::q_stages == 2 && Row::o_stages == 2);
 
@@ -36,8 +37,8 @@ private:
     kv_.advance();
   }
 
-  /// One block of queries. P leaves as soon as it is there, so that dV runs while dP is awaited, and
-  /// comes back from there: beside V and dP there are no registers for it.
+  /// One block of queries. P leaves as soon as it is there, so that dV runs while dP is awaited,
+  /// and comes back from there: beside V and dP there are no registers for it.
   DEVICE void one_step(const volatile Work& work, bool last) {
     Operand p, ds;
     {

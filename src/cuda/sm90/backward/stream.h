@@ -285,8 +285,8 @@ private:
                                      barriers_.k_empty(kv_.stage()));
       load_gradients(work, at);
       if (first) {
-        load_keys<typename F::VTile>(work, p_.dv, &p_.v_map, F::at.v,
-                                     barriers_.v_full(kv_.stage()), barriers_.v_empty(kv_.stage()));
+        load_keys<typename F::VTile>(work, p_.dv, &p_.v_map, F::at.v, barriers_.v_full(kv_.stage()),
+                                     barriers_.v_empty(kv_.stage()));
         kv_.advance();
       }
       at.advance(work);

@@ -14,7 +14,8 @@
 
 namespace anyflash::sm90 {
 
-/// The barriers at which the adders are done with a block of queries: one for each of the two warps.
+/// The barriers at which the adders are done with a block of queries: one for each of the two
+/// warps.
 template <class Row>
 struct TurnBarrier {
   static constexpr int of_looker = 1, of_passer = 2;
