@@ -62,7 +62,7 @@ protected:
     return ld_shared(barriers_.turn_of()) == 0;
   }
   DEVICE void pass_turn_on() const {
-    if (p_.turns) TurnBarrier<Row>::arrive();
+    if (p_.turns) AddersDone<Row>::say();
   }
   /// dQ to the sums of its part of the queries; store: it is the first. They lie in the order of
   /// registers, so that a warp adds to neighbouring addresses. first_tile: of the part's tiles of 8

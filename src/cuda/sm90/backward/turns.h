@@ -14,21 +14,20 @@
 
 namespace anyflash::sm90 {
 
-/// The barriers at which the adders are done with a block of queries: one for each of the two
-/// warps.
+/// How it becomes known that the adders are done with a block of queries: first to the warp that
+/// passes the turn on, and from it to the one that looks for the next. So neither is a block ahead.
 template <class Row>
-struct TurnBarrier {
-  static constexpr int of_looker = 1, of_passer = 2;
-  static constexpr int threads = Backward<Row>::adders * warpgroup_size + warp_size;
+struct AddersDone {
+  static constexpr int to_passer = 1, to_looker = 2; // named barriers
+  static constexpr int adders_and_warp = Backward<Row>::adders * warpgroup_size + warp_size;
 
-  DEVICE static void arrive() {
-    named_barrier_arrive(of_looker, threads);
-    named_barrier_arrive(of_passer, threads);
-  }
-  DEVICE static void wait(int name) {
+  DEVICE static void say() { named_barrier_arrive(to_passer, adders_and_warp); }
+  DEVICE static void wait_and_say() {
     __syncwarp(); // one lane may still be sending
-    named_barrier_sync(name, threads);
+    named_barrier_sync(to_passer, adders_and_warp);
+    named_barrier_arrive(to_looker, 2 * warp_size);
   }
+  DEVICE static void wait() { named_barrier_sync(to_looker, 2 * warp_size); }
 };
 
 /// How many key blocks have added to the queries that `at` stands at; of a pair, each to its half
@@ -57,15 +56,14 @@ DEVICE void wait_for_turns(const BackwardParams& p, const char* shared_memory) {
         }
       }
       __syncwarp();
-      // For the block of queries before.
-      if (left < queries.steps) TurnBarrier<Row>::wait(TurnBarrier<Row>::of_looker);
+      if (left < queries.steps) AddersDone<Row>::wait(); // the block of queries before
       if (lane_index() == 0) {
         st_shared(barriers.turn_of(), mine);
         mbarrier_arrive(barriers.turn());
       }
       at.advance(queries);
     }
-    if (queries.steps) TurnBarrier<Row>::wait(TurnBarrier<Row>::of_looker);
+    if (queries.steps) AddersDone<Row>::wait();
   });
 }
 
@@ -73,7 +71,7 @@ DEVICE void wait_for_turns(const BackwardParams& p, const char* shared_memory) {
 template <class Row>
 DEVICE void pass_turn_on(const BackwardParams& p, const volatile Work& work, QueryCursor& at) {
   int32_t* const turn = turn_of<Row>(p, work, at);
-  TurnBarrier<Row>::wait(TurnBarrier<Row>::of_passer);
+  AddersDone<Row>::wait_and_say();
   if (lane_index() == 0) add_release(turn);
   at.advance(added_queries<Row>(work));
 }
