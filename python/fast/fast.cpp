@@ -59,9 +59,11 @@ bool find(void* handle, const char* name, Function& function) {
 
 void on_notice(const char* message, void*) {
   const PyGILState_STATE state = PyGILState_Ensure();
-  Ref text(PyUnicode_FromString(message));
-  Ref result(text ? PyObject_CallFunctionObjArgs(show_notice, text.get(), nullptr) : nullptr);
-  if (!result) PyErr_Clear(); // a notice must not break the call that it is about
+  { // objects end before the lock is given back
+    Ref text(PyUnicode_FromString(message));
+    Ref result(text ? PyObject_CallFunctionObjArgs(show_notice, text.get(), nullptr) : nullptr);
+    if (!result) PyErr_Clear(); // a notice must not break the call that it is about
+  }
   PyGILState_Release(state);
 }
 

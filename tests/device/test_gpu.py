@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -173,3 +176,24 @@ def test_nan_past_the_used_rows_stays_out():
     used = torch.tensor([70], dtype=torch.int32, device="cuda")
     o = anyflash.attention_varlen(q, k, v, lengths_q, lengths_k, 64, 100, seqused_k=used)
     assert bool(o.isfinite().all())
+
+
+COMPILE_IN_A_CALL = """
+import torch, anyflash
+q, k, v = (torch.randn(1, 70, 2, 64, device="cuda", dtype=torch.float16) for _ in range(3))
+o = anyflash.attention(q, k, v)
+expected = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+print((o - expected.transpose(1, 2)).abs().max().item() < 0.01)
+"""
+
+
+def test_a_kernel_that_is_not_in_the_package_is_compiled_in_the_call(tmp_path):
+    """In a process of its own: the notice is given from inside a call."""
+    places = {"ANYFLASH_KERNELS": tmp_path / "none", "ANYFLASH_CACHE_DIR": tmp_path / "cache"}
+    environment = {**os.environ, **{name: str(path) for name, path in places.items()}}
+    command = [sys.executable, "-c", COMPILE_IN_A_CALL]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    if "no fitting libnvrtc" in done.stderr:
+        pytest.skip("no libnvrtc that fits this GPU")
+    assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
+    assert "compiling" in done.stderr
