@@ -45,6 +45,8 @@ sm90::ForwardParams hopper_forward_params(const Problem& problem, const Row& row
   const int64_t sorted =
       std::clamp<int64_t>(cache_bytes / tile_bytes, 2 * int64_t{grid}, 8 * int64_t{grid});
   p.order = make_tile_order(p.query_blocks, problem.batch * problem.heads, grid, by_size, sorted);
+  // So many that a couple more or less is little.
+  p.order.in_couples = problem.packed && problem.total_q / row.Br * problem.heads >= 16 * grid;
   const int width = box_columns(row.d), width_v = box_columns(row.dv);
   const int width_o = box_columns(row.dv / row.constant("o_parts", 1));
   const DType dtype = problem.dtype;

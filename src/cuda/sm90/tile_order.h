@@ -31,8 +31,8 @@ struct TileOrder {
   int32_t rounds;      // in which every thread block gets a couple
   int32_t rest;        // thread blocks that get one more; the others take two tiles of middle size
   int32_t tiles;       // of part 2
-  int32_t by_size;     // 0: part 2 is in the order of heads
-  int32_t padding;
+  int32_t by_size;     // 0: part 2 is in the order of heads; packed sequences in their order
+  int32_t in_couples;  // packed sequences (packed_order.h)
 
   /// The tile that thread block `index` works on at its `turn`.
   constexpr Tile tile(int index, int turn) const {

@@ -159,6 +159,24 @@ TEST(PackedOrder, HundredsOfSequences) {
   EXPECT_EQ(violation(computed, expected(c, DType::bfloat16)), "");
 }
 
+/// So many tiles that they are dealt in couples; an odd number of heads, one of them a pair with
+/// itself.
+TEST(PackedOrder, InCouples) {
+  for (const bool causal : {false, true}) {
+    Case c = make_case("couples", 64, 0, 0);
+    c.heads = c.heads_k = 7;
+    c.causal = causal;
+    for (int i = 0; i < 24; ++i) c.packed.push_back({i * 37 % 250, i * 53 % 310});
+    c.batch = static_cast<int>(c.packed.size());
+    c.q = 249;
+    c.k = 309;
+    CaseProblem computed(c, DType::bfloat16);
+    computed.poison();
+    ASSERT_NO_THROW(run(computed.problem(), hopper));
+    EXPECT_EQ(violation(computed, expected(c, DType::bfloat16)), "") << causal;
+  }
+}
+
 /// A head dim on an image.
 using Dim = std::tuple<int, Target>;
 
