@@ -261,40 +261,39 @@ private:
     } else {
       float alpha[2];
       const bool moved = softmax_.exponentiate<false>(s, p_.factor, alpha);
-      round(s, p, o);
+      end_output(o, p);
+      p.round(s);
       if (moved) rescale(o, alpha);
     }
     release(barriers_.v_empty(before.stage));
   }
 
-  /// P with m as it was; where that would be too large, from S on again.
+  /// P with m as it was; where that would be too large, from S on again. Warps differ in that, so O
+  /// ends before: all of a warpgroup must be at the same wait.
   DEVICE void exponentiate_by_old_m(const Queries<Row>& q, typename F::Scores& s,
                                     typename F::Probabilities& p, typename F::Output& o, int j,
                                     bool on_edge) {
     float growth[2], alpha[2];
     const bool fits = softmax_.exponentiate_by_old_m<T>(s, p_.factor, growth);
-    if constexpr (Row::round_early) round(s, p, o);
+    end_output(o, p);
+    if constexpr (Row::round_early) p.round(s);
     if (fits) {
       softmax_.add(growth);
     } else {
-      wgmma_wait<0>(); // before products of the other kind
-      keep(o.x);
       q.multiply_alone(s, shared_ + F::shared.q + q_ring_.stage * F::QTile::bytes, warp_row(),
                        keys(ring_.stage));
       change_scores(s, j, on_edge);
       if (softmax_.exponentiate<false>(s, p_.factor, alpha)) rescale(o, alpha);
-      if constexpr (Row::round_early) round(s, p, o);
+      if constexpr (Row::round_early) p.round(s);
     }
-    if constexpr (!Row::round_early) round(s, p, o);
+    if constexpr (!Row::round_early) p.round(s);
   }
 
-  /// Ends O += P V, and only then: the tensor cores read p until here.
-  DEVICE static void round(const typename F::Scores& s, typename F::Probabilities& p,
-                           typename F::Output& o) {
+  /// Ends O += P V; the tensor cores read p until here.
+  DEVICE static void end_output(typename F::Output& o, typename F::Probabilities& p) {
     wgmma_wait<0>();
     keep(o.x);
     keep(p.a);
-    p.round(s);
   }
 
   DEVICE static void rescale(typename F::Output& o, const float (&alpha)[2]) {
