@@ -19,7 +19,7 @@ BESIDES = 1.2  # units that a tile takes for its own, in key blocks
 SAMPLES = 6
 TILES = {64: (192, 128), 128: (128, 128), 256: (128, 64)}  # Br, Bc by head dim
 
-Tile = tuple[int, bool]  # key blocks, and whether the tile exists
+Tile = tuple[float, bool]  # key blocks, and whether the tile exists
 Order = Callable[[Sequence[Sequence[Tile]], int], list[Tile]]
 
 
@@ -52,6 +52,21 @@ def in_classes(sequences: Sequence[Sequence[Tile]], heads: int) -> list[Tile]:
     return sorted(existing(sequences, heads), key=lambda tile: -int(2 * math.log2(tile[0])))
 
 
+def in_couples(sequences: Sequence[Sequence[Tile]], heads: int) -> list[Tile]:
+    """Long sequences first, by half octaves; the tiles of two heads that together take as long as
+    any other couple of that sequence count as one."""
+    couples = []
+    for sequence in sorted(sequences, key=lambda tiles: -int(2 * math.log2(tiles_there(tiles)[0]))):
+        sizes = tiles_there(sequence)
+        both = [a + b + BESIDES for a, b in zip(sizes, reversed(sizes), strict=True)]
+        couples += [(size, True) for _ in range(heads // 2) for size in both]
+    return couples
+
+
+def tiles_there(sequence: Sequence[Tile]) -> list[float]:
+    return [size for size, exists in sequence if exists]
+
+
 def time_of(tile: Tile) -> float:
     return tile[0] + BESIDES if tile[1] else 0
 
@@ -79,6 +94,7 @@ WAYS: dict[str, tuple[Order, Callable[[list[Tile]], float]]] = {
     "those that exist, dealt": (existing, dealt),
     "the same in classes of size, dealt": (in_classes, dealt),
     "the same, drawn from a counter": (in_classes, drawn),
+    "sequence by sequence in couples of heads, dealt": (in_couples, dealt),
 }
 
 

@@ -29,7 +29,7 @@ sm90::TensorMap tensor_map(const View& view, const Extents& extents, DType dtype
 /// with the same stride: a box begins at box_rows - valid of the first, past whose end there are
 /// zeros, and at row + valid of the second, which makes up for that and for a base that is box_rows
 /// rows too low. No box may be empty: of one that holds nothing, also for its columns, the copy
-/// engine touches the base of the map, which may be in memory that does not exist (seen on an H100).
+/// engine touches the base of the map, which may be where there is no memory (seen on an H100).
 sm90::TensorMap ragged_tensor_map(const View& view, const Extents& extents, DType dtype,
                                   int columns, int box_rows);
 
