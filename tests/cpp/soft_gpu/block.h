@@ -99,16 +99,19 @@ struct RunningProduct {
   Product lanes[warpgroup_lanes];
   uint32_t a[warpgroup_lanes][4]; // fragments as they were when it was started
   int group;
+  int waits;                    // of each warp before it
   int started = 0, retired = 0; // warps
   bool done = false;
   std::shared_ptr<Sum> sum;
 };
 
-/// The products of a warpgroup. Each warp starts, commits and waits for itself.
+/// The products of a warpgroup. Each warp starts, commits and waits for itself; all must wait
+/// equally often before a product (PTX ISA, "wgmma.wait_group": .aligned).
 struct Products {
   struct Warp {
     size_t started = 0, retired = 0;             // products
     int group = 0;                               // of the next one
+    int waits = 0;                               // so far
     std::map<float*, std::shared_ptr<Sum>> sums; // by the registers of its first lane
   };
   Warp warps[warpgroup_warps];

@@ -453,6 +453,7 @@ void start(void* const* lanes) {
   if (at == products.running.size()) {
     RunningProduct& product = products.running.emplace_back();
     product.group = warp.group;
+    product.waits = warp.waits;
     product.sum = fresh ? std::make_shared<Sum>(
                               Sum{first.n, std::vector<float>(static_cast<size_t>(rows * first.n))})
                         : found->second;
@@ -469,6 +470,8 @@ void start(void* const* lanes) {
     product.lanes[number * warp_lanes + i] = mine;
     if (mine.a) std::copy(mine.a, mine.a + 4, product.a[number * warp_lanes + i]);
   }
+  if (product.waits != warp.waits)
+    fault("a wait for products in a branch that not all warps of the warpgroup took");
   if (fresh)
     warp.sums[first.d] = product.sum;
   else if (found->second != product.sum || product.sum->n != first.n)
@@ -534,7 +537,9 @@ void products_wait(int pending) {
   }
   warp_together(
       [](void* const* lanes) {
-        retire(block().products(), static_cast<const Wait*>(lanes[0])->last_group);
+        Products& all = block().products();
+        retire(all, static_cast<const Wait*>(lanes[0])->last_group);
+        ++all.warps[warp_of_group()].waits;
       },
       &mine);
 }
