@@ -30,6 +30,7 @@ from typing import Any, Callable
 
 import anyflash
 import torch
+from anyflash.cli.facts import environment
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 METHOD = (
@@ -161,6 +162,7 @@ def measure(comparison: Comparison, arguments: argparse.Namespace) -> dict[str, 
     return {
         "method": METHOD,
         "cpu": processor(),
+        "isa": environment()["cpu"]["isa"],
         "threads": arguments.threads,
         "load_average": round(os.getloadavg()[1], 1),  # above `threads`: others ran beside it
         "date": date.today().isoformat(),

@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from gpu_tables import (
     NOT_YET,
@@ -43,13 +44,18 @@ AGREEMENT = Path("bench/transformers_agreement.json")
 
 
 def cpu_table(root: Path, op: str = "forward") -> str:
-    """Speed over the grid: ours, and how many times that of torch's SDPA."""
+    """Speed over the grid: ours, and how many times that of torch's SDPA. First without AVX-512,
+    then with it, on another machine."""
     path = root / CPU[op]
-    if not path.is_file():
-        return NOT_YET
-    report = json.loads(path.read_text())
+    reports = [path, path.with_stem(path.stem + "_avx512")]
+    grids = [cpu_grid(json.loads(x.read_text()), op) for x in reports if x.is_file()]
+    return "\n\n".join(grids) or NOT_YET
+
+
+def cpu_grid(report: dict[str, Any], op: str) -> str:
+    place = f"{report['cpu']} ({report['isa']})" if "isa" in report else report["cpu"]
     return (
-        f"{report['cpu']}, {report['threads']} threads, torch {report['torch']}, {report['date']}: "
+        f"{place}, {report['threads']} threads, torch {report['torch']}, {report['date']}: "
         f"{op}, batch 1, hidden 1024, GFLOP/s (in brackets: times the speed of torch's SDPA in "
         f"the same run; geometric mean {report['geomean']:.2f}){disturbance(report['cells'])}\n\n"
         + grid(report["cells"], lambda c: c["ours"], lambda c: c["ratio"])

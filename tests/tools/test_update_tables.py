@@ -184,11 +184,17 @@ def test_cpu_grid(root, op):
         "geomean": 1.3,
         "cells": [cell],
     }
-    (root / update_tables.CPU[op]).write_text(json.dumps(report))
+    path = root / update_tables.CPU[op]
+    path.write_text(json.dumps(report))
     lines = update_tables.cpu_table(root, op).splitlines()
     assert lines[0].startswith(f"a CPU, 2 threads, torch 2.13.0, 2026-11-22: {op}, batch 1")
     assert "mean 1.30" in lines[0]
     assert lines[-1] == "| float32 | 64 | causal | 202 (1.30x) |"
+    wider = {**report, "isa": "avx512", "geomean": 2.1}
+    path.with_stem(path.stem + "_avx512").write_text(json.dumps(wider))
+    both = update_tables.cpu_table(root, op).splitlines()
+    assert both[: len(lines)] == lines
+    assert both[len(lines) + 1].startswith("a CPU (avx512), 2 threads")
 
 
 def test_a_disturbed_run_says_so():
