@@ -45,14 +45,18 @@ sm90::BackwardParams hopper_backward_params(const Problem& problem, const Row& r
   const int64_t keys = row.Bc * row.cluster(); // of a ticket
   const int64_t blocks = (problem.seqlen_k + keys - 1) / keys;
   const int64_t heads = problem.heads_k * problem.batch;
-  const int64_t section =
-      problem.deterministic ? std::min(heads, heads_that_take_turns(problem, row)) : 1;
+  int64_t section = 1;
+  if (problem.deterministic)
+    section = problem.packed ? problem.heads_k
+                             : std::min(heads, heads_that_take_turns(problem, row));
   p.key_section = make_divisor(section);
   p.key_last_section = make_divisor((heads - 1) % section + 1);
   p.key_section_blocks = make_divisor(section * std::max<int64_t>(1, blocks));
   p.key_blocks = static_cast<uint32_t>(blocks * problem.heads_k * problem.batch);
   if (problem.deterministic || problem.seqlen_q == 0 || blocks == 0) return p;
-  const int64_t ahead = heads_ahead(blocks, multiprocessors / row.cluster());
+  const int64_t blocks_of_head =
+      problem.packed ? std::max<int64_t>(1, problem.total_k / keys / problem.batch) : blocks;
+  const int64_t ahead = heads_ahead(blocks_of_head, multiprocessors / row.cluster());
   p.heads_ahead = static_cast<uint32_t>(std::min(ahead, heads));
   if (ahead < heads) p.zeroed = counters(layout.zeroed);
   return p;

@@ -164,6 +164,7 @@ struct BackwardBarriers {
   DEVICE uint32_t work_empty(int slot) const { return begin + 16 + 8 * slot; }
   DEVICE uint32_t ds_full(int stage) const { return begin + 32 + 8 * stage; }
   DEVICE uint32_t turn() const { return begin + 48; }
+  // begin + 56: BackwardShared::finder
   DEVICE uint32_t work_wanted() const { return begin + 64; }
   DEVICE uint32_t ds_empty(int stage) const { return begin + 72 + 8 * stage; }
   DEVICE uint32_t p_full(int stage) const { return begin + 88 + 8 * stage; } // scores apart

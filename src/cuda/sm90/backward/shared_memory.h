@@ -14,6 +14,7 @@ struct BackwardShared {
   int work;            // two slots: the block of keys that is being worked on, and the next
   int steps;           // what belongs to a block of queries: as many as stages of Q
   int barriers;
+  int finder; // in a gap of the barriers: TicketFinder, two ints
   int end;
 };
 
@@ -37,6 +38,7 @@ constexpr BackwardShared backward_shared(int d, int dv, int Br, int Bc, int kv_s
   at.work = at.stats + q_stages * Br * 8;
   at.steps = at.work + 2 * backward_work_bytes(pair);
   at.barriers = at.steps + q_stages * backward_step_bytes;
+  at.finder = at.barriers + 56;
   at.end = at.barriers + 112 + 16 * (2 * kv_stages + q_stages + o_stages) + (pair ? 56 : 0);
   return at;
 }

@@ -11,6 +11,7 @@
 #include "cuda/ptx/tma.h"
 #include "cuda/ptx/warpgroup.h"
 #include "cuda/sm90/backward/layout.h"
+#include "cuda/sm90/backward/tickets.h"
 #include "cuda/sm90/params.h"
 
 namespace anyflash::sm90 {
@@ -101,6 +102,7 @@ public:
         barriers_{shared_address(shared_memory) + F::at.barriers} {}
 
   DEVICE void run() {
+    finder().sequence = finder().before = 0;
     ROLLED
     while (true) {
       const uint32_t ticket = next_ticket();
@@ -123,14 +125,15 @@ private:
     if constexpr (F::pair)
       return next_ticket_of_pair();
     else
-      return atomicAdd(p_.tickets, 1);
+      return draw();
   }
+  DEVICE uint32_t draw() const { return finder().find(p_, atomicAdd(p_.tickets, 1)); }
   /// Block 0 of a pair draws for both, when both want it; at_ counts what was drawn.
   DEVICE uint32_t next_ticket_of_pair() const {
     const uint32_t parity = at_.count & 1;
     if (F::rank() == 0) {
       mbarrier_wait(barriers_.peer_wants_ticket(), parity);
-      const uint32_t ticket = atomicAdd(p_.tickets, 1);
+      const uint32_t ticket = draw();
       cluster_store(shared_of(1, barriers_.ticket()), ticket);
       cluster_arrive_after_writes(shared_of(1, barriers_.ticket_full()));
       return ticket;
@@ -138,6 +141,9 @@ private:
     cluster_arrive(shared_of(0, barriers_.peer_wants_ticket()));
     cluster_wait_for_writes(barriers_.ticket_full(), parity);
     return ld_shared(barriers_.ticket());
+  }
+  DEVICE volatile TicketFinder<Row>& finder() const {
+    return *reinterpret_cast<volatile TicketFinder<Row>*>(work_ + F::at.finder - F::at.work);
   }
   DEVICE volatile Work& slot() const {
     return *reinterpret_cast<volatile Work*>(work_ + recomputed(at_.stage()) * F::work_bytes);
@@ -148,7 +154,8 @@ private:
     if (!p_.zeroed) return;
     const uint32_t head_index = divide(ticket, p_.key_section_blocks);
     if (head_index < p_.heads_ahead) return;
-    const int parts = p_.key_section_blocks.divisor * Row::cluster;
+    const int before = divide(head_index - p_.heads_ahead, p_.key_heads); // the sequence
+    const int parts = tickets_of_head<Row>(p_, before) * Row::cluster;
     while (load_relaxed(p_.zeroed + head_index) != parts) {
     }
     __threadfence();

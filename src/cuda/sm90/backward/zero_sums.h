@@ -11,9 +11,9 @@ namespace anyflash::sm90 {
 /// is heads_ahead after its own.
 template <class Row>
 DEVICE void zero_part(const BackwardParams& p, uint32_t ticket) {
-  const uint32_t tickets = p.key_section_blocks.divisor; // a section is one head here
-  const uint32_t parts = tickets * Row::cluster;
-  const uint32_t own_head = divide(ticket, p.key_section_blocks);
+  const uint32_t own_head = divide(ticket, p.key_section_blocks); // a section is one head here
+  const uint32_t own_block = ticket - own_head * p.key_section_blocks.divisor;
+  const int parts = tickets_of_head<Row>(p, divide(own_head, p.key_heads)) * Row::cluster;
   const uint32_t head_index = own_head + p.heads_ahead;
   if (head_index >= p.key_heads.divisor * p.batch) return;
   const int sequence = divide(head_index, p.key_heads);
@@ -26,7 +26,7 @@ DEVICE void zero_part(const BackwardParams& p, uint32_t ticket) {
   for (int of_group = 0; of_group < p.group.divisor; ++of_group) {
     const int64_t first_row = workspace_row<Row>(p, sequence, head + of_group);
     ROLLED
-    for (int block = (ticket - own_head * tickets) * Row::cluster + Backward<Row>::rank();
+    for (int block = own_block * Row::cluster + Backward<Row>::rank();
          block * Row::Br < rows; block += parts) {
       float4* const sum = sums + (first_row / Row::Br + block) * block_size;
 #pragma unroll 8
