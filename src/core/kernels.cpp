@@ -163,12 +163,12 @@ ScopedContext::ScopedContext(int device) : driver_(cuda::driver()) {
   if (current) driver_.check(driver_.CtxGetDevice(&current_device), "cuCtxGetDevice");
   if (current_device == state.device && current) return;
   driver_.check(driver_.CtxPushCurrent(primary_context(state)), "cuCtxPushCurrent");
-  pushed_ = true;
+  pop_ = current || device != 0;
 }
 
 ScopedContext::~ScopedContext() {
   cuda::Context popped = nullptr;
-  if (pushed_) driver_.CtxPopCurrent(&popped);
+  if (pop_) driver_.CtxPopCurrent(&popped);
 }
 
 } // namespace anyflash

@@ -15,7 +15,9 @@ cuda::Kernel kernel_of(const Row& row, anyflash_entry entry, int device);
 const Gpu& gpu_at(int device);
 
 /// Makes a context of the GPU current for the length of a scope: the one that is current already if
-/// it belongs to the GPU, its primary context otherwise.
+/// it belongs to the GPU, its primary context otherwise. A thread that has none keeps the first
+/// GPU's, as after any call of the CUDA runtime, which takes a thread without a context to be on
+/// that GPU: asked for its device it would otherwise fail inside, and spend microseconds on it.
 class ScopedContext {
 public:
   explicit ScopedContext(int device);
@@ -25,7 +27,7 @@ public:
 
 private:
   const cuda::Driver& driver_;
-  bool pushed_ = false;
+  bool pop_ = false;
 };
 
 } // namespace anyflash

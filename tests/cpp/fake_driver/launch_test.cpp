@@ -311,6 +311,7 @@ TEST_F(LaunchTest, AFailedLaunchNamesTheDriversErrorAndLeavesTheContext) {
   const Row& row = next_row();
   ship(row, {"90"}, "machine code");
   fake_cuda::state().fail_next_launch_with = 700;
+  fake_cuda::set_current_context(fake_cuda::primary_context(1));
   try {
     launch(plan_of(row, 0), problem_of(row, 0), nullptr, nullptr);
     FAIL() << "launched";
@@ -319,7 +320,19 @@ TEST_F(LaunchTest, AFailedLaunchNamesTheDriversErrorAndLeavesTheContext) {
     EXPECT_NE(text.find(row.name()), std::string::npos) << text;
     EXPECT_NE(text.find("CUDA_ERROR_ILLEGAL_ADDRESS"), std::string::npos) << text;
   }
-  EXPECT_EQ(fake_cuda::current_context(), nullptr);
+  EXPECT_EQ(fake_cuda::current_context(), fake_cuda::primary_context(1)) << "not restored";
+}
+
+TEST_F(LaunchTest, AThreadWithoutAContextIsOnTheFirstGpuAfterwards) {
+  const Row& row = next_row();
+  ship(row, {"90"}, "for 9.0");
+  ship(row, {"80"}, "for 8.0");
+  launch(plan_of(row, 1), problem_of(row, 1), nullptr, nullptr);
+  EXPECT_EQ(fake_cuda::current_context(), nullptr) << "the runtime would say: GPU 1";
+  launch(plan_of(row, 0), problem_of(row, 0), nullptr, nullptr);
+  EXPECT_EQ(fake_cuda::current_context(), fake_cuda::primary_context(0));
+  launch(plan_of(row, 1), problem_of(row, 1), nullptr, nullptr);
+  EXPECT_EQ(fake_cuda::current_context(), fake_cuda::primary_context(0)) << "not restored";
 }
 
 TEST_F(LaunchTest, ThreadsThatStartTogetherLoadOnce) {
