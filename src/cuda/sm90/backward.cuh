@@ -5,10 +5,8 @@
 #include "cuda/sm90/backward/consumer_by_columns.h"
 #include "cuda/sm90/backward/consumer_by_keys.h"
 #include "cuda/sm90/backward/consumer_in_pair.h"
-#include "cuda/sm90/backward/consumer_of_columns.h"
 #include "cuda/sm90/backward/consumer_of_keys.h"
 #include "cuda/sm90/backward/consumer_of_queries.h"
-#include "cuda/sm90/backward/consumer_of_scores.h"
 #include "cuda/sm90/backward/queries_in_pair.h"
 #include "cuda/sm90/backward/scores_in_pair.h"
 #include "cuda/sm90/backward/sender.h"
@@ -26,12 +24,10 @@ DEVICE void consume(const BackwardParams& p, char* shared_memory, int index) {
   } else if constexpr (F::by_keys) {
     ConsumerByKeys<Row>(p, shared_memory, index).run();
   } else if constexpr (F::pair) {
-    ConsumerInPair<Row>(p, shared_memory, index).run();
-  } else if constexpr (F::apart) {
     if (first == second || index == 0)
-      ConsumerOfColumns<Row, first>(p, shared_memory, index).run();
+      ConsumerInPair<Row, first>(p, shared_memory, index).run();
     else
-      ConsumerOfColumns<Row, second>(p, shared_memory, index).run();
+      ConsumerInPair<Row, second>(p, shared_memory, index).run();
   } else {
     if (first == second || index == 0)
       ConsumerByColumns<Row, first>(p, shared_memory, index).run();
@@ -90,10 +86,8 @@ DEVICE void backward(const BackwardParams& p) {
       QueriesInPair<Row>(p, shared_memory).run();
     else if constexpr (F::by_keys)
       ConsumerOfQueries<Row>(p, shared_memory).run();
-    else if constexpr (F::pair)
-      ScoresInPair<Row>(p, shared_memory).run();
     else
-      ConsumerOfScores<Row>(p, shared_memory).run();
+      ScoresInPair<Row>(p, shared_memory).run();
   }
   if constexpr (F::pair) cluster_sync(); // the other block needs this one's barriers
 }

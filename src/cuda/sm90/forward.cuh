@@ -17,22 +17,22 @@ namespace anyflash::sm90 {
 constexpr int turn_barrier = 1;
 constexpr int meeting_barrier = 8;
 
-/// The 64 queries of a consumer: fragments, or the place in shared memory.
+/// The 64 queries of a consumer: fragments of the first columns, and the place in shared memory.
 template <class Row>
 struct Queries {
   using F = Forward<Row>;
   using Tile = typename F::QTile;
-  static constexpr int steps = Row::d / 16;
+  static constexpr int steps = Row::d / 16, steps_in_registers = Row::q_in_registers / 16;
 
   uint64_t descriptor;
-  uint32_t fragments[Row::q_in_registers ? 4 * steps : 1];
+  uint32_t fragments[steps_in_registers ? 4 * steps_in_registers : 1];
 
   DEVICE void find(uint32_t tile, int first_row) {
     descriptor = MatrixDescriptor<Tile>::k_major(tile, first_row);
-    if constexpr (Row::q_in_registers) {
+    if constexpr (steps_in_registers > 0) {
       const auto reader = FragmentReader<Tile>::rows_first(tile, first_row + warp_index() % 4 * 16);
       UNROLL
-      for (int k = 0; k < steps; ++k) {
+      for (int k = 0; k < steps_in_registers; ++k) {
         uint32_t a[4];
         reader.read(a, 0, k);
         UNROLL
@@ -50,7 +50,7 @@ struct Queries {
     wgmma_fence();
     UNROLL
     for (int k = 0; k < steps; ++k) {
-      if constexpr (Row::q_in_registers)
+      if (k < steps_in_registers)
         wgmma<typename Row::T, Major::k>(s.x, &fragments[4 * k], b + Keys::at_columns(k), k != 0);
       else
         wgmma<typename Row::T, Major::k, Major::k>(
@@ -66,7 +66,7 @@ struct Queries {
   DEVICE void multiply_alone(typename F::Scores& s, uint32_t tile, int first_row,
                              uint32_t keys) const {
     s.clear();
-    if constexpr (Row::q_in_registers) {
+    if constexpr (F::all_queries_in_registers) {
       UNROLL
       for (int k = 0; k < steps; ++k) {
         const uint32_t* const a = &fragments[4 * k];
@@ -197,7 +197,7 @@ private:
     }
     mbarrier_wait(barriers_.q_full(q_ring_.stage), q_ring_.parity);
     q.find(shared_ + F::shared.q + q_ring_.stage * F::QTile::bytes, 64 * index_);
-    if constexpr (Row::q_in_registers) release_queries();
+    if constexpr (F::all_queries_in_registers) release_queries();
     mbarrier_wait(barriers_.k_full(ring_.stage), ring_.parity);
     q.multiply(s, keys(ring_.stage));
   }
@@ -214,7 +214,7 @@ private:
     ROLLED
     for (int j = share_.last - 1; j >= share_.begin; --j)
       step(q, s, p, o, j, share_.own.on_edge(j));
-    if constexpr (!Row::q_in_registers) release_queries();
+    if constexpr (!F::all_queries_in_registers) release_queries();
     if constexpr (Row::late_maximum) {
       meet();
       release(barriers_.k_empty(ring_.stage));

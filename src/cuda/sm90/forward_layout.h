@@ -28,12 +28,16 @@ struct Forward {
   static constexpr ForwardShared shared{Row::d,      Row::dv,       Row::Br,     Row::Bc,
                                         Row::stages, Row::q_stages, Row::o_parts};
 
+  /// Of Q's columns the first q_in_registers are read from shared memory once a tile, the others in
+  /// each block of keys.
+  static constexpr bool all_queries_in_registers = Row::q_in_registers == Row::d;
+
   /// When S of the next tile is started: as early as its Q is there. Fragments of Q in registers
   /// come last: waiting for them would hold up O.
   enum Start { before_o, before_store, after_store };
-  static constexpr Start start = Row::q_stages == 2    ? before_o
-                                 : Row::q_in_registers ? after_store
-                                                       : before_store;
+  static constexpr Start start = Row::q_stages == 2         ? before_o
+                                 : all_queries_in_registers ? after_store
+                                                            : before_store;
 
   // 504 registers of each of 128 threads for three warpgroups, 512 for four.
   static constexpr int consumer_registers = consumers == 2 ? 232 : consumers == 3 ? 160 : 112;

@@ -6,9 +6,10 @@
 
 namespace anyflash::sm90 {
 
-/// A consumer warpgroup: half of the columns of dK and dV of this block's 64 keys, and a quarter of
-/// the columns of dQ, over the 128 keys of the pair.
-template <class Row>
+/// A consumer warpgroup: `width` columns of dK and dV of this block's 64 keys, and 64 columns of dQ
+/// over the 128 keys of the pair. At head dim 192 the last one of the pair has no columns of dQ
+/// left; it computes those before once more, since no branch may stand between products.
+template <class Row, int width>
 class ConsumerInPair : ProductsByColumns<Row> {
   using Base = ProductsByColumns<Row>;
   using Base::barriers_, Base::index_, Base::kv_, Base::memory_, Base::o_, Base::p_, Base::q_;
@@ -21,7 +22,7 @@ class ConsumerInPair : ProductsByColumns<Row> {
 
 public:
   DEVICE ConsumerInPair(const BackwardParams& p, char* shared_memory, int index)
-      : Base(p, shared_memory, index), first_column_(index * width) {}
+      : Base(p, shared_memory, index), first_column_(index * F::q_columns) {}
 
   DEVICE void run() {
     for_each_work<Row>(p_, memory_, [&](const volatile Work& work) {
@@ -51,7 +52,7 @@ private:
     start_value_gradient(dv_, first_column_, o_, 0);
     mbarrier_wait(barriers_.ds_full(shared_stage_.stage()), shared_stage_.phase());
     start_key_gradient(dk_, first_column_);
-    start_query_gradient(dq, F::rank() * (Row::d / 2) + index_ * QueryGradient::width);
+    start_query_gradient(dq, F::rank() * F::q_columns + query_column());
     wgmma_wait<2>();
     keep(dv_.x);
     release(barriers_.o_empty(o_.stage()));
@@ -79,10 +80,16 @@ private:
 
   using QueryGradient = WarpgroupAccumulator<64>;
 
+  /// Of dQ, in this block's part of it.
+  DEVICE int query_column() const {
+    const int columns = 8 * F::q_tiles(F::rank());
+    return min(index_ * QueryGradient::width, columns - QueryGradient::width);
+  }
+
   /// dQ += dS K, of the other block's keys.
   DEVICE void add_keys_of_peer(QueryGradient& dq) {
     const uint64_t a = PeerS::mn_major(shared_ + F::at.peer_ds + peer_.stage() * PeerSTile::bytes);
-    const uint64_t b = PeerK::mn_major(shared_ + F::at.peer_k, index_ * QueryGradient::width);
+    const uint64_t b = PeerK::mn_major(shared_ + F::at.peer_k, query_column());
     wgmma_fence();
     UNROLL
     for (int k = 0; k < Row::Bc / 16; ++k)
@@ -90,7 +97,6 @@ private:
     wgmma_commit();
   }
 
-  static constexpr int width = Row::d / 2;
   int first_column_;
   Ring<Row::peer_stages> peer_; // of the other block's dS
   WarpgroupAccumulator<width> dk_, dv_;

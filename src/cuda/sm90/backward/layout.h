@@ -22,7 +22,7 @@ struct Backward {
   /// Two thread blocks with neighbouring blocks of keys exchange dS; each adds to a part of dQ,
   /// over the keys of both.
   static constexpr bool pair = Row::cluster == 2;
-  static_assert(!pair || apart && (Row::d == 64 || Row::d == 128 || Row::d == 256));
+  static_assert(!pair || apart && Row::d % 64 == 0);
   static_assert(pair ? Row::peer_stages == 1 || Row::peer_stages == 2 : Row::peer_stages == 0);
   /// Each takes its own queries, those that see its own keys, and adds what comes from the other
   /// one to dQ of more; otherwise both take all that see any of their keys.
@@ -38,6 +38,7 @@ struct Backward {
   /// Registers of a thread; 24 for those that load. In all, 512 times 128 threads.
   static constexpr int consumer_registers = !apart ? 240 : by_keys ? 208 : 192;
   static constexpr int apart_registers = by_keys ? 72 : 104;
+  static_assert(!scores_apart || pair);
   static_assert(!apart || 24 + 2 * consumer_registers + apart_registers == 512);
   static_assert(by_keys ? Row::d <= 128 : Row::Bc == 64 && Row::Br == 64 && Row::d == Row::dv);
 
@@ -60,7 +61,7 @@ struct Backward {
   /// In a pair, a block's part is what would be that of the consumer of its rank. It needs all keys
   /// of the other block, and of these:
   using PeerSTile = SharedTile<64, Row::Bc>; // dS of the part's queries; pages as in STile
-  using PeerKTile = SharedTile<Row::Bc, pair && !split_queries ? Row::d / 2 : Row::d>;
+  using PeerKTile = SharedTile<Row::Bc, split_queries ? Row::d : q_columns>;
   using QueryGradient = WarpgroupAccumulator<q_columns>;
   DEVICE static int q_tiles(int consumer) { // of 8 columns
     return (split_queries || consumer == 0 ? q_columns : Row::d - q_columns) / 8;

@@ -34,7 +34,7 @@ constexpr BackwardShared backward_shared(int d, int dv, int Br, int Bc, int kv_s
   at.p = at.ds + 2 * tile;
   at.peer_ds = at.p + (d <= 128 ? 0 : pair ? 1 : 2) * tile;
   at.peer_k = at.peer_ds + peer_stages * 64 * Bc * 2;
-  at.stats = at.peer_k + (pair ? Bc * (Br == 128 ? d : d / 2) * 2 : 0);
+  at.stats = at.peer_k + (pair ? Bc * (Br == 128 ? d : d <= 128 ? d / 2 : 128) * 2 : 0);
   at.work = at.stats + q_stages * Br * 8;
   at.steps = at.work + 2 * backward_work_bytes(pair);
   at.barriers = at.steps + q_stages * backward_step_bytes;
