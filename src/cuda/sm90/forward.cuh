@@ -197,9 +197,9 @@ private:
     }
     mbarrier_wait(barriers_.q_full(q_ring_.stage), q_ring_.parity);
     q.find(shared_ + F::shared.q + q_ring_.stage * F::QTile::bytes, 64 * index_);
-    if constexpr (F::all_queries_in_registers) release_queries();
     mbarrier_wait(barriers_.k_full(ring_.stage), ring_.parity);
     q.multiply(s, keys(ring_.stage));
+    if constexpr (F::all_queries_in_registers) release_queries();
   }
 
   /// Everything but the end of the last product O += P V: that one's place in the ring.
