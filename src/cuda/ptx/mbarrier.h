@@ -22,6 +22,22 @@ DEVICE void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+/// One arrival, after x has been loaded. Seen on an H100: an arrival overtakes loads from shared
+/// memory that this thread has started, as long as no instruction has waited for their results;
+/// who waits for the barrier may then overwrite what is still to be read. So the address is made
+/// to depend on x: no number has 64 bits of 32.
+DEVICE void mbarrier_arrive_after(uint32_t x, uint32_t barrier) {
+  asm volatile("{\n"
+               ".reg .b32 at;\n"
+               "popc.b32 at, %0;\n"
+               "shr.u32 at, at, 6;\n"
+               "add.u32 at, at, %1;\n"
+               "mbarrier.arrive.shared::cta.b64 _, [at];\n"
+               "}" ::"r"(x),
+               "r"(barrier)
+               : "memory");
+}
+
 /// One arrival, and the phase also waits for `bytes` bytes of copies: whole boxes, with what lies
 /// outside of the tensor. Before the copies.
 DEVICE void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {

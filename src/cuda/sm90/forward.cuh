@@ -199,6 +199,7 @@ private:
     q.find(shared_ + F::shared.q + q_ring_.stage * F::QTile::bytes, 64 * index_);
     mbarrier_wait(barriers_.k_full(ring_.stage), ring_.parity);
     q.multiply(s, keys(ring_.stage));
+    // Behind the product, which has waited for the fragments: see mbarrier_arrive_after.
     if constexpr (F::all_queries_in_registers) release_queries();
   }
 

@@ -141,7 +141,7 @@ public:
     mbarrier_wait(barriers_.tile_full(at_.stage), at_.parity);
     const uint32_t slot = barriers_.tile(at_.stage);
     const uint4 a = ld_shared_16(slot), b = ld_shared_16(slot + 16);
-    warp_arrive(barriers_.tile_empty(at_.stage));
+    warp_arrive_after(a.x ^ b.x, barriers_.tile_empty(at_.stage));
     at_.next();
     tile = {int(a.x), int(a.y), int(a.z), int(a.w), int(b.x), int(b.y), int(b.z), int(b.w)};
   }

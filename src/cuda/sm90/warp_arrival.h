@@ -21,4 +21,11 @@ DEVICE void warp_arrive(uint32_t barrier) {
   if (warp_arrivals == warp_size || lane_index() == 0) mbarrier_arrive(barrier);
 }
 
+/// The same, where x is all that they have loaded from what the barrier guards, or depends on it,
+/// and has perhaps not arrived.
+DEVICE void warp_arrive_after(uint32_t x, uint32_t barrier) {
+  __syncwarp();
+  if (warp_arrivals == warp_size || lane_index() == 0) mbarrier_arrive_after(x, barrier);
+}
+
 } // namespace anyflash::sm90

@@ -62,7 +62,7 @@ private:
     wgmma_wait<2>();
     keep(dk_.x);
     const int64_t first_row = step(q_).first_row;
-    this->release_queries(q_.stage());
+    warp_arrive_after(static_cast<uint32_t>(first_row), barriers_.q_empty(q_.stage()));
     wgmma_wait<0>();
     keep(dq.x);
     release(barriers_.ds_empty(shared_stage_.stage()));

@@ -10,6 +10,7 @@ inline void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
 }
 inline void fence_barrier_init() {}
 inline void mbarrier_arrive(uint32_t barrier) { soft_gpu::mbarrier_arrive(barrier, 0); }
+inline void mbarrier_arrive_after(uint32_t, uint32_t barrier) { mbarrier_arrive(barrier); }
 inline void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   soft_gpu::mbarrier_arrive(barrier, bytes);
 }
