@@ -5,12 +5,14 @@
 
 #include <csignal>
 #include <cstdio>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "../../tools/build_kernels/jobs.h"
 #include "../../tools/build_kernels/ledger.h"
+#include "../../tools/build_kernels/machine_code.h"
 #include "core/error.h"
 #include "scoped_env.h"
 
@@ -134,6 +136,58 @@ TEST_F(BuildKernelsTest, ComplainsOfSpillsArraysWarningsAndMemory) {
   EXPECT_NE(lines[1].find("local memory"), std::string::npos);
   EXPECT_NE(lines[2].find("C7510"), std::string::npos);
   EXPECT_NE(lines[3].find("601 MB"), std::string::npos);
+}
+
+/// An instruction of compute capability 9.0, as machine_code.cpp knows it.
+struct Code {
+  uint32_t operation;
+  uint32_t scoreboard = 7;
+  uint32_t waits_for = 0;
+};
+
+/// An ELF file with one kernel.
+std::string cubin_of(const std::vector<Code>& code) {
+  constexpr size_t header_bytes = 64, name_at = 1;
+  const std::string names("\0.text.kernel\0.shstrtab\0", 25);
+  std::string file(header_bytes, '\0');
+  const auto put = [&](size_t at, auto value) { std::memcpy(&file[at], &value, sizeof value); };
+  const auto section = [&](uint32_t name, uint64_t offset, uint64_t size) {
+    const size_t at = file.size();
+    file.resize(at + 64);
+    put(at, name), put(at + 0x18, offset), put(at + 0x20, size);
+  };
+  const uint64_t text = file.size();
+  for (const Code& one : code) {
+    const uint64_t words[] = {one.operation | 7u << 12,
+                              uint64_t{one.scoreboard} << 46 | uint64_t{one.waits_for} << 52};
+    file.append(reinterpret_cast<const char*>(words), sizeof words);
+  }
+  const uint64_t strings = file.size();
+  file += names;
+  put(0x28, uint64_t{file.size()}), put(0x3a, uint16_t{64});
+  put(0x3c, uint16_t{2}), put(0x3e, uint16_t{1});
+  section(name_at, text, code.size() * 16);
+  section(name_at + 13, strings, names.size());
+  return file;
+}
+
+TEST_F(BuildKernelsTest, SeesLoadsThatAnArrivalMayOvertake) {
+  constexpr uint32_t load = 0x984, load_matrix = 0x83b, arrive = 0x9a7, shuffle = 0x589,
+                     add = 0x210;
+  const auto count = [](const std::vector<Code>& code, bool matrices_only = false) {
+    return overtaken_loads(cubin_of(code), matrices_only).size();
+  };
+  EXPECT_EQ(count({{load, 2}, {arrive}}), 1u);
+  EXPECT_EQ(count({{load, 2}, {arrive, 7, 1 << 2}}), 0u) << "waits for it";
+  EXPECT_EQ(count({{load, 2}, {add, 7, 1 << 2}, {arrive}}), 0u) << "its result is used";
+  EXPECT_EQ(count({{load, 2}, {add, 7, 1 << 3}, {arrive}}), 1u) << "something else is waited for";
+  EXPECT_EQ(count({{load, 7}, {load, 2}, {add, 7, 1 << 2}, {arrive}}), 0u) << "in their order";
+  EXPECT_EQ(count({{load, 7}, {shuffle, 2}, {add, 7, 1 << 2}, {arrive}}), 0u) << "shuffles too";
+  EXPECT_EQ(count({{load, 2}, {load_matrix, 3}, {add, 7, 1 << 2}, {arrive}}), 1u);
+  EXPECT_EQ(count({{load, 2}, {load_matrix, 3}, {arrive}}, true), 1u);
+  EXPECT_EQ(overtaken_loads(cubin_of({{add}, {load, 2}, {arrive}}), false).front(),
+            "the arrival at 0x20 may overtake the load at 0x10");
+  EXPECT_TRUE(overtaken_loads("not an ELF file", false).empty());
 }
 
 TEST_F(BuildKernelsTest, TheProgramRefusesNonsenseInWords) {

@@ -5,6 +5,7 @@
 
 #include "core/error.h"
 #include "core/json.h"
+#include "machine_code.h"
 
 namespace anyflash::build {
 namespace {
@@ -76,6 +77,12 @@ std::vector<std::string> complaints(const std::vector<Built>& kernels) {
       complain("keeps " + std::to_string(resources.stack_bytes) +
                " bytes of arrays in local memory");
     for (const std::string& warning : resources.warnings) complain(warning);
+    // What the backward has under way there, but for matrices, is of no use to anybody: where to go
+    // on after the last block of queries, and what it only reads.
+    if (kernel.job.target.name() == "sm_90a")
+      for (const std::string& line :
+           overtaken_loads(kernel.entry.image.bytes, kernel.job.row->op == "backward"))
+        complain(line);
     if (kernel.entry.peak_mb > process_limit_mb)
       complain("took " + std::to_string(static_cast<int>(kernel.entry.peak_mb)) +
                " MB to compile; the limit is " +

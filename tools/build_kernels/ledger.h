@@ -28,7 +28,8 @@ void write_ledger(const std::filesystem::path& path, const Summary& summary,
                   const std::vector<Built>& kernels);
 
 /// One line for each thing that a kernel of ours must not do: spills above the row's allowance,
-/// local-memory arrays, ptxas warnings that slow, more memory than `process_limit_mb` to compile.
+/// local-memory arrays, ptxas warnings that slow, loads that an arrival may overtake (on Hopper),
+/// more memory than `process_limit_mb` to compile.
 std::vector<std::string> complaints(const std::vector<Built>& kernels);
 
 } // namespace anyflash::build
