@@ -47,8 +47,8 @@ sm90::BackwardParams hopper_backward_params(const Problem& problem, const Row& r
   const int64_t heads = problem.heads_k * problem.batch;
   int64_t section = 1;
   if (problem.deterministic)
-    section = problem.packed ? problem.heads_k
-                             : std::min(heads, heads_that_take_turns(problem, row));
+    section =
+        problem.packed ? problem.heads_k : std::min(heads, heads_that_take_turns(problem, row));
   p.key_section = make_divisor(section);
   p.key_last_section = make_divisor((heads - 1) % section + 1);
   p.key_section_blocks = make_divisor(section * std::max<int64_t>(1, blocks));

@@ -26,7 +26,7 @@ DEVICE void zero_part(const BackwardParams& p, uint32_t ticket) {
   for (int of_group = 0; of_group < p.group.divisor; ++of_group) {
     const int64_t first_row = workspace_row<Row>(p, sequence, head + of_group);
     ROLLED
-    for (int block = own_block * Row::cluster + Backward<Row>::rank();
+    for (int block = own_block * Row::cluster + Backward<Row>::rank(); // of a pair each has a part
          block * Row::Br < rows; block += parts) {
       float4* const sum = sums + (first_row / Row::Br + block) * block_size;
 #pragma unroll 8
