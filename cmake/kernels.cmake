@@ -15,7 +15,7 @@ if(Python3_Interpreter_FOUND)
 endif()
 list(TRANSFORM compiler_folders PREPEND "--site-packages;" OUTPUT_VARIABLE compiler_options)
 
-option(ANYFLASH_CHECK_KERNELS "Fail when a kernel spills or uses local memory beyond its row" OFF)
+option(ANYFLASH_CHECK_KERNELS "Fail when anyflash-build complains of a kernel" OFF)
 if(ANYFLASH_CHECK_KERNELS)
   list(APPEND compiler_options --check)
 endif()

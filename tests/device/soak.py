@@ -80,11 +80,11 @@ def soak(seed: int, step: int, seconds: float) -> int:
     end = time.monotonic() + seconds
     cases = wrong = 0
     while time.monotonic() < end:
-        what = wrong_about(seed + cases * step)
-        cases += 1
-        if what:
+        if what := wrong_about(seed):
             wrong += 1
-            print(f"{line_of(seed + (cases - 1) * step)}: {what}", flush=True)
+            print(f"{line_of(seed)}: {what}", flush=True)
+        cases += 1
+        seed += step
     print(f"{cases} cases, {wrong} wrong", flush=True)
     return wrong
 

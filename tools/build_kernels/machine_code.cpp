@@ -51,30 +51,44 @@ struct Pending {
   uint32_t operation, scoreboard;
 };
 
+/// What is under way at some point of the code.
+class UnderWay {
+public:
+  void step(size_t at, const Instruction& one) {
+    const auto waited = std::find_if(pending_.rbegin(), pending_.rend(), [&](const Pending& p) {
+      return p.scoreboard < 6 && (one.waits_for() >> p.scoreboard & 1);
+    });
+    pending_.erase(pending_.begin(), waited.base());
+    const uint32_t operation = one.operation();
+    if ((operation == bra || operation == exit) && one.always()) pending_.clear();
+    if (operation == lds || operation == ldsm || std::ranges::count(shfl, operation))
+      pending_.push_back({at, operation, one.scoreboard()});
+  }
+
+  void report(size_t arrival, bool matrices_only, std::vector<std::string>& lines) const {
+    for (const Pending& load : pending_) {
+      if (load.operation != ldsm && (matrices_only || load.operation != lds)) continue;
+      char line[128];
+      std::snprintf(line, sizeof line, "the arrival at 0x%zx may overtake the load at 0x%zx",
+                    arrival, load.at);
+      lines.emplace_back(line);
+    }
+  }
+
+private:
+  std::vector<Pending> pending_;
+};
+
 } // namespace
 
 std::vector<std::string> overtaken_loads(std::string_view cubin, bool matrices_only) {
   std::vector<std::string> lines;
   for (const std::string_view text : texts_of(cubin)) {
-    std::vector<Pending> pending;
+    UnderWay loads;
     for (size_t at = 0; at + 16 <= text.size(); at += 16) {
       const Instruction one{read<uint64_t>(text, at), read<uint64_t>(text, at + 8)};
-      const auto waited = std::find_if(pending.rbegin(), pending.rend(), [&](const Pending& p) {
-        return p.scoreboard < 6 && (one.waits_for() >> p.scoreboard & 1);
-      });
-      pending.erase(pending.begin(), waited.base());
-      const uint32_t operation = one.operation();
-      if (operation == lds || operation == ldsm || std::ranges::count(shfl, operation))
-        pending.push_back({at, operation, one.scoreboard()});
-      if ((operation == bra || operation == exit) && one.always()) pending.clear();
-      if (operation != arrive) continue;
-      for (const Pending& load : pending) {
-        if (load.operation != ldsm && (matrices_only || load.operation != lds)) continue;
-        char line[128];
-        std::snprintf(line, sizeof line, "the arrival at 0x%zx may overtake the load at 0x%zx", at,
-                      load.at);
-        lines.emplace_back(line);
-      }
+      loads.step(at, one);
+      if (one.operation() == arrive) loads.report(at, matrices_only, lines);
     }
   }
   return lines;
