@@ -5,8 +5,8 @@
 
 namespace anyflash::sm90 {
 
-/// P and dS of a block's 64 keys and of one block of queries after the other. A part of V is in its
-/// registers: shared memory is full.
+/// P and dS of a block's 64 keys and of one block of queries after the other. Where shared memory
+/// is full, a part of V is in its registers.
 template <class Row>
 class ScoresInPair : ProductsByColumns<Row> {
   using Base = ProductsByColumns<Row>;
