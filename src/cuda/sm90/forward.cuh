@@ -145,7 +145,7 @@ public:
       o.clear();
       softmax_.clear();
       const Place<Row::stages> last = attend(q, s, o);
-      if constexpr (F::start == F::before_o) {
+      if constexpr (F::early_queries) {
         start(next, q, s);
         wgmma_wait<1>();
       } else {
@@ -154,38 +154,17 @@ public:
       keep(o.x);
       release(barriers_.v_empty(last.stage));
       finish(o);
-      if constexpr (F::start == F::before_store) start(next, q, s);
+      if constexpr (!F::early_queries) start(next, q, s);
       store(o);
-      if constexpr (F::start == F::after_store) start(next, q, s);
     }
     wgmma_wait<0>();
     if (lane_index() == 0) bulk_wait_read<0>(); // shared memory must stay until O has left
   }
 
 private:
-  /// What this warpgroup's rows of a tile see. All warpgroups go through the same stages, but the
-  /// first of them may hold nothing for this one.
-  struct Share {
-    KeyBlocks own;
-    int begin, last; // blocks
-    int skipped;     // stages
-  };
-
-  DEVICE Share share_of(const QueryTile& tile) const {
-    const KeyBlocks all = tile.keys<Row>(p_);
-    const KeyBlocks own = key_blocks(tile.first_query + 64 * index_, 64, Row::Bc, tile.seqlen_q,
-                                     tile.seqlen_k, p_.window_left, p_.window_right);
-    const int first = max(min(own.end, all.end), all.begin + 1); // past the last that it sees
-    // NOTE: at most all stages but the one whose product may be under way: that one is given back
-    // only later.
-    const int skipped = tile.sequence < 0 ? 0 : min(all.end - first, Row::stages - 1);
-    return {own, all.begin, all.end - 1 - skipped, skipped};
-  }
-
   /// Starts S of the last block of the next tile.
   DEVICE void start(QueryTile& next, Queries<Row>& q, typename F::Scores& s) {
-    tiles_.pop(next);
-    share_ = share_of(next);
+    tiles_.pop(next, share_, index_);
     ROLLED
     for (int i = 0; i < share_.skipped; ++i) {
       mbarrier_wait(barriers_.k_full(ring_.stage), ring_.parity);
@@ -203,6 +182,14 @@ private:
     if constexpr (F::all_queries_in_registers) release_queries();
   }
 
+  /// Behind S of block j, where no warp may want it again: gives K back, and behind the last S Q.
+  DEVICE void release_operands(int j) {
+    if constexpr (!Row::late_maximum) {
+      release(barriers_.k_empty(ring_.stage));
+      if (!F::all_queries_in_registers && j == share_.begin) release_queries();
+    }
+  }
+
   /// Everything but the end of the last product O += P V: that one's place in the ring.
   DEVICE Place<Row::stages> attend(Queries<Row>& q, typename F::Scores& s, typename F::Output& o) {
     typename F::Probabilities p;
@@ -213,17 +200,16 @@ private:
     }
     first_scores(s, p, share_.last);
     ROLLED
-    for (int j = share_.last - 1; j >= share_.begin; --j)
-      step(q, s, p, o, j, share_.own.on_edge(j));
-    if constexpr (!F::all_queries_in_registers) release_queries();
-    if constexpr (Row::late_maximum) {
-      meet();
-      release(barriers_.k_empty(ring_.stage));
-    }
+    for (int j = share_.last - 1; j >= share_.begin; --j) step(q, s, p, o, j, share_.on_edge(j));
+    if constexpr (Row::late_maximum && !F::all_queries_in_registers) release_queries();
     const Place<Row::stages> last = ring_;
     ring_.next();
     mbarrier_wait(barriers_.v_full(last.stage), last.parity);
     multiply_values<Row>(o, p, values(last.stage));
+    if constexpr (Row::late_maximum) {
+      meet(); // all warps have their P
+      release(barriers_.k_empty(last.stage));
+    }
     return last;
   }
 
@@ -234,8 +220,8 @@ private:
     if (foreign && (j + 1) * Row::Bc > tile_.seqlen_k) clear_values(j);
     wgmma_wait<0>();
     keep(s.x);
-    if constexpr (!Row::late_maximum) release(barriers_.k_empty(ring_.stage));
-    change_scores(s, j, share_.own.on_edge(j));
+    release_operands(j);
+    change_scores(s, j, share_.on_edge(j));
     softmax_.exponentiate<true>(s, p_.factor, alpha);
     p.round(s);
   }
@@ -255,7 +241,7 @@ private:
     pass_turn();
     wgmma_wait<1>();
     keep(s.x);
-    if constexpr (!Row::late_maximum) release(barriers_.k_empty(ring_.stage));
+    release_operands(j);
     change_scores(s, j, on_edge);
     if constexpr (Row::late_maximum) {
       exponentiate_by_old_m(q, s, p, o, j, on_edge);
@@ -339,7 +325,7 @@ private:
       const int row = query + F::Output::row(r);
       const float l = row_sum(softmax_.l[r]);
       const bool empty = l == 0 || row >= tile_.seqlen_q;
-      const float inverse = 1 / l;
+      const float inverse = __fdividef(1, l);
       UNROLL
       for (int c = 0; c < F::Output::columns; ++c) o(r, c) = empty ? 0 : o(r, c) * inverse;
       if (p_.lse && lane_index() % 4 == 0 && row < tile_.rows)
@@ -422,7 +408,7 @@ private:
   float slope_;
   QueryTile tile_;
   OnlineSoftmax softmax_;
-  Share share_;
+  TileShare share_;
   Place<Row::stages> ring_;
   Place<Row::q_stages> q_ring_;
   TileQueue<Row> tiles_;

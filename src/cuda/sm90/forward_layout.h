@@ -32,12 +32,9 @@ struct Forward {
   /// each block of keys.
   static constexpr bool all_queries_in_registers = Row::q_in_registers == Row::d;
 
-  /// When S of the next tile is started: as early as its Q is there. Fragments of Q in registers
-  /// come last: waiting for them would hold up O.
-  enum Start { before_o, before_store, after_store };
-  static constexpr Start start = Row::q_stages == 2         ? before_o
-                                 : all_queries_in_registers ? after_store
-                                                            : before_store;
+  /// Whether Q of the next tile is there early, in a stage that this tile does not need. Then S of
+  /// the next tile is started before O of this one is finished, otherwise before it is stored.
+  static constexpr bool early_queries = Row::q_stages == 2 || all_queries_in_registers;
 
   // 504 registers of each of 128 threads for three warpgroups, 512 for four.
   static constexpr int consumer_registers = consumers == 2 ? 232 : consumers == 3 ? 160 : 112;
@@ -57,15 +54,18 @@ struct ForwardBarriers {
   DEVICE uint32_t k_empty(int stage) const { return base + 96 + 8 * stage; }
   DEVICE uint32_t v_full(int stage) const { return base + 128 + 8 * stage; }
   DEVICE uint32_t v_empty(int stage) const { return base + 160 + 8 * stage; }
-  DEVICE uint32_t tile(int slot) const { return base + 192 + 32 * slot; } // 32 bytes
-  static_assert(Row::stages <= 4 && Row::q_stages <= 2 && 256 <= ForwardShared::barrier_bytes);
+  DEVICE uint32_t tile(int slot) const { return base + 192 + tile_bytes * slot; }
+
+  static constexpr int tile_bytes = 32 + 32 * Forward<Row>::consumers; // a tile, and its shares
+  static_assert(Row::stages <= 4 && Row::q_stages <= 2);
+  static_assert(192 + 2 * tile_bytes <= ForwardShared::barrier_bytes);
 
   /// By one thread.
   DEVICE void init() const {
     constexpr int warpgroups = Forward<Row>::consumers;
     UNROLL
     for (int slot = 0; slot < 2; ++slot) {
-      mbarrier_init(tile_full(slot), 1);
+      mbarrier_init(tile_full(slot), warp_arrivals);
       mbarrier_init(tile_empty(slot), warpgroups * warpgroup_arrivals + warp_arrivals);
     }
     UNROLL
@@ -116,6 +116,29 @@ struct QueryTile {
   }
 };
 
+/// The blocks of keys that a warpgroup's rows of a tile see, from the last to the first. All
+/// warpgroups go through the same stages, but the first of them may hold nothing for this one.
+struct TileShare {
+  int begin, last;
+  int skipped; // stages before the one of block `last`
+  int full_begin, full_end;
+
+  constexpr int end_of_tile() const { return last + 1 + skipped; }
+  constexpr bool on_edge(int j) const { return j < full_begin || j >= full_end; }
+};
+
+template <class Row>
+DEVICE TileShare share_of(const QueryTile& tile, const AttentionParams& p, int warpgroup) {
+  const KeyBlocks all = tile.keys<Row>(p);
+  const KeyBlocks own = key_blocks(tile.first_query + 64 * warpgroup, 64, Row::Bc, tile.seqlen_q,
+                                   tile.seqlen_k, p.window_left, p.window_right);
+  const int first = max(min(own.end, all.end), all.begin + 1); // past the last that it sees
+  // NOTE: at most all stages but the one whose product may be under way: that one is given back
+  // only later.
+  const int skipped = tile.sequence < 0 ? 0 : min(all.end - first, Row::stages - 1);
+  return {all.begin, all.end - 1 - skipped, skipped, own.full_begin, own.full_end};
+}
+
 /// Tiles on their way from the warp that finds them to those that load and compute.
 template <class Row>
 class TileQueue {
@@ -123,30 +146,43 @@ public:
   DEVICE explicit TileQueue(uint32_t shared) : barriers_{shared + Forward<Row>::shared.barriers} {}
 
   /// By a warp.
-  DEVICE void push(const QueryTile& t) {
+  DEVICE void push(const QueryTile& t, const AttentionParams& p) {
+    const int lane = lane_index();
+    const TileShare share = share_of<Row>(t, p, lane);
+    const uint32_t slot = barriers_.tile(at_.stage);
     mbarrier_wait(barriers_.tile_empty(at_.stage), at_.parity ^ 1);
-    if (lane_index() == 0) {
-      const uint32_t slot = barriers_.tile(at_.stage);
-      st_shared(slot, uint4{uint32_t(t.sequence), uint32_t(t.head), uint32_t(t.first_query),
-                            uint32_t(t.rows)});
-      st_shared(slot + 16, uint4{uint32_t(t.seqlen_q), uint32_t(t.seqlen_k), uint32_t(t.first_q),
-                                 uint32_t(t.first_k)});
-      mbarrier_arrive(barriers_.tile_full(at_.stage));
+    if (lane == 0) {
+      store(slot, t.sequence, t.head, t.first_query, t.rows);
+      store(slot + 16, t.seqlen_q, t.seqlen_k, t.first_q, t.first_k);
     }
+    if (lane < Forward<Row>::consumers) {
+      store(share_at(slot, lane), share.begin, share.last, share.skipped, share.full_begin);
+      store(share_at(slot, lane) + 16, share.full_end, 0, 0, 0);
+    }
+    warp_arrive(barriers_.tile_full(at_.stage));
     at_.next();
   }
 
-  /// By every warp of those that want it.
-  DEVICE void pop(QueryTile& tile) {
+  /// By every warp of those that want it: the tile, and a warpgroup's share of it.
+  DEVICE void pop(QueryTile& tile, TileShare& share, int warpgroup) {
+    const uint32_t slot = barriers_.tile(at_.stage), own = share_at(slot, warpgroup);
     mbarrier_wait(barriers_.tile_full(at_.stage), at_.parity);
-    const uint32_t slot = barriers_.tile(at_.stage);
     const uint4 a = ld_shared_16(slot), b = ld_shared_16(slot + 16);
-    warp_arrive_after(a.x ^ b.x, barriers_.tile_empty(at_.stage));
+    const uint4 c = ld_shared_16(own), d = ld_shared_16(own + 16);
+    warp_arrive_after(a.x ^ b.x ^ c.x ^ d.x, barriers_.tile_empty(at_.stage));
     at_.next();
     tile = {int(a.x), int(a.y), int(a.z), int(a.w), int(b.x), int(b.y), int(b.z), int(b.w)};
+    share = {int(c.x), int(c.y), int(c.z), int(c.w), int(d.x)};
   }
 
 private:
+  DEVICE static uint32_t share_at(uint32_t slot, int warpgroup) {
+    return slot + 32 + 32 * warpgroup;
+  }
+  DEVICE static void store(uint32_t shared, int a, int b, int c, int d) {
+    st_shared(shared, uint4{uint32_t(a), uint32_t(b), uint32_t(c), uint32_t(d)});
+  }
+
   ForwardBarriers<Row> barriers_;
   Place<2> at_;
 };

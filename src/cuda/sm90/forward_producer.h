@@ -32,7 +32,7 @@ DEVICE void find_tiles(const ForwardParams& p, uint32_t shared) {
     tile.seqlen_q = lengths.seqlen_q;
     tile.seqlen_k = lengths.seqlen_k;
     if (next.state == Tile::end) tile.sequence = -1;
-    queue.push(tile);
+    queue.push(tile, p);
   } while (tile.sequence >= 0);
 }
 
@@ -53,27 +53,28 @@ public:
       prefetch_tensor_map(&p_.v_map);
     }
     QueryTile tile;
+    TileShare share;
     ROLLED
     while (true) {
-      tiles_.pop(tile);
+      tiles_.pop(tile, share, 0);
       if (tile.sequence < 0) break;
-      load(tile);
+      load(tile, share.begin, share.end_of_tile());
     }
     pretend();
   }
 
 private:
-  /// Starts the copies of a tile as stages become free.
-  DEVICE void load(const QueryTile& tile) {
-    const KeyBlocks blocks = tile.keys<Row>(p_);
+  /// Starts the copies of a tile, keys from block end - 1 down to begin, as stages become free.
+  DEVICE void load(const QueryTile& tile, int begin, int end) {
     const int head_k = divide(tile.head, p_.group);
     const int batch = p_.cu_seqlens_q ? 0 : tile.sequence;
+    if constexpr (F::early_queries) load_queries(tile, batch);
     ROLLED
-    for (int j = blocks.end - 1; j >= blocks.begin; --j) {
+    for (int j = end - 1; j >= begin; --j) {
       const int key = tile.first_k + j * Row::Bc;
       load_stage<typename F::KTile>(F::shared.k, p_.k_map, barriers_.k_full(ring_.stage),
                                     barriers_.k_empty(ring_.stage), key, head_k, batch);
-      if (j == blocks.end - 1) load_queries(tile, batch);
+      if (!F::early_queries && j == end - 1) load_queries(tile, batch);
       load_stage<typename F::VTile>(0, p_.v_map, barriers_.v_full(ring_.stage),
                                     barriers_.v_empty(ring_.stage), key, head_k, batch);
       ring_.next();

@@ -17,7 +17,7 @@ struct ForwardShared {
     bytes = barriers + barrier_bytes;
   }
 
-  static constexpr int barrier_bytes = 256;
+  static constexpr int barrier_bytes = 512;
 };
 
 } // namespace anyflash::sm90
