@@ -14,6 +14,7 @@
 #include "core/row.h"
 #include "core/tensor_checks.h"
 #include "core/tensor_maps.h"
+#include "core/work.h"
 #include "cpu/cpu.h"
 
 namespace anyflash {
@@ -104,9 +105,17 @@ bool in_forced_image(const Row& row) {
 
 /// Of two rows that differ in their tiles alone: large ones read K and V less often, small ones
 /// waste less along the edge of a mask. Measured: docs/kernels/sm90_forward.md.
-bool small_tiles(const Problem& problem) {
+bool few_queries(const Problem& problem) {
   return problem.mask.right != Mask::unbounded && problem.seqlen_q > 512 &&
          problem.seqlen_q <= 1024;
+}
+
+/// The same of blocks of keys: small where a query sees two to four of the large ones, as under a
+/// causal mask at lengths of 512 to 1024. Of packed sequences, those of average length.
+bool few_keys(const Problem& problem) {
+  const int64_t batch = std::max<int64_t>(problem.batch, 1), n = problem.total_q / batch;
+  const double pairs = visible_pairs(n, problem.total_k / batch, problem.mask);
+  return pairs > 256.0 * static_cast<double>(n) && pairs < 513.0 * static_cast<double>(n);
 }
 
 /// True if row a is the better of two that serve: newer family, plain, then the smaller bucket.
@@ -116,7 +125,8 @@ bool better(const Row& a, const Row& b, const Problem& problem) {
   if (a.variant != b.variant) return a.variant == "plain";
   if (a.d != b.d) return a.d < b.d;
   if (a.dv != b.dv) return a.dv < b.dv;
-  return small_tiles(problem) ? a.Br < b.Br : a.Br > b.Br;
+  if (a.Br != b.Br) return few_queries(problem) ? a.Br < b.Br : a.Br > b.Br;
+  return few_keys(problem) ? a.Bc < b.Bc : a.Bc > b.Bc;
 }
 
 /// The rows of the wanted images that hold the problem, the best first.

@@ -71,15 +71,32 @@ TEST(Plan, AForcedImageBringsItsFamily) {
   EXPECT_EQ(row_of(plan_on(90, {2, 301, 300, 4, 4, 64, 64})).family, "sm80");
 }
 
-TEST(Plan, SmallTilesServeCausalProblemsOfMiddleLength) {
-  const auto tile = [](int64_t length, int causal) {
-    anyflash_problem p = dense({2, length, length, 4, 4, 64, 64}, ANYFLASH_BFLOAT16, ANYFLASH_CUDA);
-    p.causal = causal;
-    return make_plan(validate(p), gpu(90)).Br;
+/// The plan for one head dim on a Hopper.
+anyflash_plan plan_of_lengths(int64_t d, int64_t seqlen_q, int64_t seqlen_k, int causal) {
+  anyflash_problem p = dense({2, seqlen_q, seqlen_k, 4, 4, d, d}, ANYFLASH_BFLOAT16, ANYFLASH_CUDA);
+  p.causal = causal;
+  return make_plan(validate(p), gpu(90));
+}
+
+TEST(Plan, FewQueriesServeCausalProblemsOfMiddleLength) {
+  const auto Br = [](int64_t length, int causal) {
+    return plan_of_lengths(64, length, length, causal).Br;
   };
-  for (const int64_t length : {513, 1024}) EXPECT_EQ(tile(length, 1), 128) << length;
-  for (const int64_t length : {512, 1025, 2048}) EXPECT_EQ(tile(length, 1), 192) << length;
-  EXPECT_EQ(tile(1024, 0), 192) << "full";
+  for (const int64_t length : {513, 1024}) EXPECT_EQ(Br(length, 1), 128) << length;
+  for (const int64_t length : {512, 1025, 2048}) EXPECT_EQ(Br(length, 1), 192) << length;
+  EXPECT_EQ(Br(1024, 0), 192) << "full";
+}
+
+TEST(Plan, FewKeysServeQueriesThatSeeFew) {
+  const auto Bc = [](int64_t seqlen_q, int64_t seqlen_k, int causal) {
+    return plan_of_lengths(128, seqlen_q, seqlen_k, causal).Bc;
+  };
+  for (const int64_t length : {512, 1024}) EXPECT_EQ(Bc(length, length, 1), 64) << length;
+  for (const int64_t length : {384, 1025, 4096}) EXPECT_EQ(Bc(length, length, 1), 128) << length;
+  for (const int64_t length : {257, 512}) EXPECT_EQ(Bc(length, length, 0), 64) << length;
+  for (const int64_t length : {256, 513, 4096}) EXPECT_EQ(Bc(length, length, 0), 128) << length;
+  EXPECT_EQ(Bc(1, 4096, 1), 128) << "one query that sees all";
+  EXPECT_EQ(Bc(4096, 1, 1), 128) << "queries that see nothing";
 }
 
 TEST(Plan, ThreadBlocksThatStayChangeTheirPlaceFromHeadToHead) {

@@ -37,7 +37,7 @@ def line_of(seed: int) -> dict[str, Any]:
 
 def many_sequences(seed: int) -> dict[str, Any]:
     draw = random.Random(seed)
-    heads_k, longest = draw.choice([1, 2, 8]), draw.choice([40, 300])
+    heads_k, longest = draw.choice([1, 2, 8]), draw.choice([40, 300, 900])
     lengths = [draw.randint(0, longest) for _ in range(draw.randint(20, 90))]
     others = lengths if draw.random() < 0.5 else [draw.randint(0, longest) for _ in lengths]
     return {
