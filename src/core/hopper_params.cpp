@@ -15,9 +15,14 @@ int32_t int32_of(int64_t value) { return static_cast<int32_t>(value); }
 } // namespace
 
 sm90::TileOrder make_tile_order(int64_t blocks, int64_t heads, int64_t grid, bool by_size,
-                                int64_t sorted_tiles) {
-  const int64_t first = by_size ? blocks * heads - sorted_tiles : 0;
-  const int64_t first_heads = first > 0 ? first / blocks / 2 * 2 : 0;
+                                int64_t cached_tiles) {
+  // Enough tiles to even out the others, few enough for their keys and values to stay in the cache.
+  // Tiles of few sizes even out little, and those of short sequences wait for memory.
+  const int64_t rows = blocks < 16 || cached_tiles < grid ? 1 : 2;
+  const int64_t sorted = std::clamp(cached_tiles, rows * grid, 8 * grid);
+  // Whole rounds of couples, but for what the last pair of heads lacks.
+  const int64_t rounds = by_size ? std::max<int64_t>(blocks * heads - sorted, 0) / (2 * grid) : 0;
+  const int64_t first_heads = rounds * grid / blocks * 2;
   const int64_t couples = first_heads / 2 * blocks;
   sm90::TileOrder order{};
   order.blocks = make_divisor(blocks);
@@ -39,12 +44,11 @@ sm90::ForwardParams hopper_forward_params(const Problem& problem, const Row& row
   // uneven end, once must do.
   const bool causal = problem.mask.right != Mask::unbounded && problem.mask.left == Mask::unbounded;
   const bool by_size = problem.packed ? problem.batch <= 256 : causal;
-  // Enough tiles to even out the others, few enough for their keys and values to stay in the cache.
-  constexpr int64_t cache_bytes = int64_t{24} << 20;
+  // A quarter of an H100's cache: with twice as much some of it was read from memory again.
+  constexpr int64_t cache_bytes = int64_t{12} << 20;
   const int64_t tile_bytes = int64_t{row.Br} * (row.d + row.dv) * size_of(problem.dtype);
-  const int64_t sorted =
-      std::clamp<int64_t>(cache_bytes / tile_bytes, 2 * int64_t{grid}, 8 * int64_t{grid});
-  p.order = make_tile_order(p.query_blocks, problem.batch * problem.heads, grid, by_size, sorted);
+  p.order = make_tile_order(p.query_blocks, problem.batch * problem.heads, grid, by_size,
+                            cache_bytes / tile_bytes);
   // So many that a couple more or less is little.
   p.order.in_couples = problem.packed && problem.total_q / row.Br * problem.heads >= 16 * grid;
   const int width = box_columns(row.d), width_v = box_columns(row.dv);

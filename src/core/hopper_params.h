@@ -9,9 +9,9 @@ namespace anyflash {
 
 /// The order of the tiles of `heads` heads (of all sequences) with `blocks` query blocks each, over
 /// `grid` thread blocks. by_size: the tiles of a head grow with their index, as under a causal
-/// mask; about `sorted_tiles` of them are dealt by size.
+/// mask; the last of them, about as many as the cache holds the keys of, are dealt by size.
 sm90::TileOrder make_tile_order(int64_t blocks, int64_t heads, int64_t grid, bool by_size,
-                                int64_t sorted_tiles);
+                                int64_t cached_tiles);
 
 /// Parameters of the forward kernel of a row, for a grid of this many thread blocks. The problem is
 /// valid, has something to write, and why_not_tensor_maps is empty. Needs the driver.
