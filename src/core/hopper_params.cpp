@@ -40,17 +40,20 @@ sm90::TileOrder make_tile_order(int64_t blocks, int64_t heads, int64_t grid, boo
 sm90::ForwardParams hopper_forward_params(const Problem& problem, const Row& row, uint32_t grid) {
   sm90::ForwardParams p{};
   static_cast<ForwardParams&>(p) = forward_params(problem, row);
-  // Of packed sequences: where they are so many that going over them again costs more than an
-  // uneven end, once must do.
-  const bool causal = problem.mask.right != Mask::unbounded && problem.mask.left == Mask::unbounded;
-  const bool by_size = problem.packed ? problem.batch <= 256 : causal;
+  // Under a causal mask the tiles of a head grow, up to the width of a window: of half the length
+  // is enough. Of packed sequences: where they are so many that going over them again costs more
+  // than an uneven end, once must do.
+  const int64_t half = problem.seqlen_k / 2;
+  const bool causal = problem.mask.right <= half;
+  const bool by_size = problem.packed ? problem.batch <= 256 : causal && problem.mask.left >= half;
   // A quarter of an H100's cache: with twice as much some of it was read from memory again.
   constexpr int64_t cache_bytes = int64_t{12} << 20;
   const int64_t tile_bytes = int64_t{row.Br} * (row.d + row.dv) * size_of(problem.dtype);
   p.order = make_tile_order(p.query_blocks, problem.batch * problem.heads, grid, by_size,
                             cache_bytes / tile_bytes);
-  // So many that a couple more or less is little.
-  p.order.in_couples = problem.packed && problem.total_q / row.Br * problem.heads >= 16 * grid;
+  // Without a mask only where they are so many that a couple more or less is little.
+  const bool many = problem.total_q / row.Br * problem.heads >= 16 * grid;
+  p.order.in_couples = problem.packed && (causal || many);
   const int width = box_columns(row.d), width_v = box_columns(row.dv);
   const int width_o = box_columns(row.dv / row.constant("o_parts", 1));
   const DType dtype = problem.dtype;
