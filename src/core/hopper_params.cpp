@@ -51,9 +51,9 @@ sm90::ForwardParams hopper_forward_params(const Problem& problem, const Row& row
   const int64_t tile_bytes = int64_t{row.Br} * (row.d + row.dv) * size_of(problem.dtype);
   p.order = make_tile_order(p.query_blocks, problem.batch * problem.heads, grid, by_size,
                             cache_bytes / tile_bytes);
-  // Without a mask only where they are so many that a couple more or less is little.
-  const bool many = problem.total_q / row.Br * problem.heads >= 16 * grid;
-  p.order.in_couples = problem.packed && (causal || many);
+  // So many that a couple more or less is little; under a causal mask tiles by size cost more.
+  const int64_t tiles = problem.total_q / row.Br * problem.heads;
+  p.order.in_couples = problem.packed && tiles >= (causal ? 6 : 16) * int64_t{grid};
   const int width = box_columns(row.d), width_v = box_columns(row.dv);
   const int width_o = box_columns(row.dv / row.constant("o_parts", 1));
   const DType dtype = problem.dtype;

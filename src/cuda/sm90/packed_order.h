@@ -2,11 +2,10 @@
 // Lengths are known on the GPU alone, so a warp of each thread block finds its tiles by itself:
 // those that exist, large ones first, dealt to and fro over the thread blocks.
 //
-//   Under a causal mask, or many tiles: sequence by sequence, the long ones first, so that what
-//   runs together reads the same keys. Heads in pairs (A, B): the tiles (A, last - k) and (B, k)
-//   are a couple, which takes the same time for every k, and couples are dealt. Few tiles without
-//   a mask: these are dealt, the large ones first, of whatever sequence. They end more evenly, but
-//   come back to the same keys.
+//   Many tiles: sequence by sequence, the long ones first, so that what runs together reads the
+//   same keys. Heads in pairs (A, B): the tiles (A, last - k) and (B, k) are a couple, which takes
+//   the same time for every k, and couples are dealt. Few tiles: these are dealt, the large ones
+//   first, of whatever sequence. They end more evenly, but come back to the same keys.
 #pragma once
 
 #include "cuda/attn/key_blocks.h"
