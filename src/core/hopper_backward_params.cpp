@@ -14,7 +14,7 @@ int64_t heads_that_take_turns(const Problem& problem, const Row& row) {
   constexpr int64_t cache_bytes = int64_t{16} << 20;
   const int64_t row_bytes = (row.d + row.dv) * size_of(problem.dtype) + row.d * 4;
   const int64_t head_bytes = std::max<int64_t>(problem.seqlen_q, 1) * row_bytes * problem.group();
-  return std::clamp<int64_t>(cache_bytes / head_bytes, 16, 128);
+  return std::clamp<int64_t>(cache_bytes / head_bytes, 4, 128);
 }
 
 /// Key heads whose sums of dQ are zeroed before the main kernel. It zeroes the others itself, that
@@ -27,9 +27,9 @@ int64_t heads_ahead(int64_t key_blocks, int multiprocessors) {
 } // namespace
 
 sm90::BackwardParams hopper_backward_params(const Problem& problem, const Row& row, void* workspace,
-                                            int multiprocessors) {
+                                            int multiprocessors, bool turns) {
   sm90::BackwardParams p{};
-  static_cast<BackwardParams&>(p) = backward_params(problem, row, workspace);
+  static_cast<BackwardParams&>(p) = backward_params(problem, row, workspace, turns);
   const auto map = [&](const View& view, const Extents& extents, int columns, int box_rows) {
     return ragged_tensor_map(view, extents, problem.dtype, box_columns(columns), box_rows);
   };
@@ -46,14 +46,14 @@ sm90::BackwardParams hopper_backward_params(const Problem& problem, const Row& r
   const int64_t blocks = (problem.seqlen_k + keys - 1) / keys;
   const int64_t heads = problem.heads_k * problem.batch;
   int64_t section = 1;
-  if (problem.deterministic)
+  if (turns)
     section =
         problem.packed ? problem.heads_k : std::min(heads, heads_that_take_turns(problem, row));
   p.key_section = make_divisor(section);
   p.key_last_section = make_divisor((heads - 1) % section + 1);
   p.key_section_blocks = make_divisor(section * std::max<int64_t>(1, blocks));
   p.key_blocks = static_cast<uint32_t>(blocks * problem.heads_k * problem.batch);
-  if (problem.deterministic || problem.seqlen_q == 0 || blocks == 0) return p;
+  if (turns || problem.seqlen_q == 0 || blocks == 0) return p;
   const int64_t blocks_of_head =
       problem.packed ? std::max<int64_t>(1, problem.total_k / keys / problem.batch) : blocks;
   const int64_t ahead = heads_ahead(blocks_of_head, multiprocessors / row.cluster());

@@ -7,9 +7,9 @@
 
 namespace anyflash {
 
-/// Parameters of the three kernels of a backward row of the sm90 family, for a GPU of so many
-/// multiprocessors. Needs the driver, which encodes the tensor maps.
+/// Parameters of the kernels of a backward row of the sm90 family, for a GPU of so many
+/// multiprocessors; turns as in backward_params. Needs the driver, which encodes the tensor maps.
 sm90::BackwardParams hopper_backward_params(const Problem& problem, const Row& row, void* workspace,
-                                            int multiprocessors);
+                                            int multiprocessors, bool turns);
 
 } // namespace anyflash

@@ -146,7 +146,8 @@ BackwardWorkspace backward_workspace(const Problem& problem, const Row& row) {
   return workspace;
 }
 
-BackwardParams backward_params(const Problem& problem, const Row& row, void* workspace) {
+BackwardParams backward_params(const Problem& problem, const Row& row, void* workspace,
+                               bool turns) {
   BackwardParams p{};
   set_attention(p, problem, row);
   p.o = problem.o.data;
@@ -160,7 +161,7 @@ BackwardParams backward_params(const Problem& problem, const Row& row, void* wor
   auto* bytes = static_cast<char*>(workspace);
   p.dq_sum = reinterpret_cast<float*>(bytes + layout.dq_sum);
   p.row_stats = reinterpret_cast<float*>(bytes + layout.row_stats);
-  if (problem.deterministic) p.turns = reinterpret_cast<int32_t*>(bytes + layout.turns);
+  if (turns) p.turns = reinterpret_cast<int32_t*>(bytes + layout.turns);
   p.dout_strides = strides_of(problem.dout);
   p.dq_strides = strides_of(problem.dq);
   p.dk_strides = strides_of(problem.dk);

@@ -28,7 +28,8 @@ struct BackwardWorkspace {
 };
 BackwardWorkspace backward_workspace(const Problem& problem, const Row& row);
 
-/// Parameters of the three kernels of a backward row, which share them.
-BackwardParams backward_params(const Problem& problem, const Row& row, void* workspace);
+/// Parameters of the kernels of a backward row, which share them. turns: blocks of keys add to dQ
+/// in the order of their index.
+BackwardParams backward_params(const Problem& problem, const Row& row, void* workspace, bool turns);
 
 } // namespace anyflash

@@ -109,6 +109,13 @@ int planned_capability() {
   return capability;
 }
 
+/// Whether blocks of keys add to dQ in turns: where it has to be the same from run to run, and
+/// where the last of them finishes it, so that the plan has no kernel for that.
+bool in_turns(const anyflash_plan& plan, const Problem& problem) {
+  return problem.deterministic ||
+         plan.launches[plan.launch_count - 1].entry != ANYFLASH_KERNEL_POST;
+}
+
 } // namespace
 
 void launch(const anyflash_plan& plan, const Problem& problem, void* workspace, void* stream) {
@@ -122,10 +129,12 @@ void launch(const anyflash_plan& plan, const Problem& problem, void* workspace, 
     launch_all(plan, row, forward_params(problem, row), stream);
   else if (hopper)
     launch_all(plan, row,
-               hopper_backward_params(problem, row, workspace, plan.device.multiprocessors),
+               hopper_backward_params(problem, row, workspace, plan.device.multiprocessors,
+                                      in_turns(plan, problem)),
                stream);
   else
-    launch_all(plan, row, backward_params(problem, row, workspace), stream);
+    launch_all(plan, row, backward_params(problem, row, workspace, in_turns(plan, problem)),
+               stream);
 }
 
 void warm_up(const anyflash_plan& plan) {

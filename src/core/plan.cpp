@@ -2,6 +2,7 @@
 #include "core/plan.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <optional>
@@ -82,6 +83,34 @@ std::string why_not_hopper(const Problem& problem) {
   return why_not_tensor_maps(problem);
 }
 
+/// Keys that a query sees, on average; of packed sequences one of average length.
+double keys_seen(const Problem& problem) {
+  const int64_t batch = std::max<int64_t>(problem.batch, 1);
+  const int64_t n = std::max<int64_t>(problem.total_q / batch, 1);
+  return visible_pairs(n, problem.total_k / batch, problem.mask) / static_cast<double>(n);
+}
+
+/// Up to so many keys blocks of keys add to dQ in turns in any case: the last one then finishes it,
+/// and no kernel has to. Where there are more, they are faster if nobody waits. Measured:
+/// docs/kernels/sm90_backward.md.
+double keys_in_turns(const Row& row) {
+  if (free_order()) return 0;
+  switch (row.d) {
+  case 64:
+    return 4096;
+  case 128:
+  case 256:
+    return 2048;
+  default: // blocks without a neighbour, and d 192, whose neighbours do not divide its columns
+    return 512;
+  }
+}
+
+bool last_finishes(const Problem& problem, const Row& row) {
+  return row.family == "sm90" && row.variant == "plain" &&
+         (problem.deterministic || keys_seen(problem) < keys_in_turns(row) + 1);
+}
+
 bool in_own_image(const Row& row, const anyflash_device& device) {
   const std::string_view image = image_for(device.compute_capability, row.family);
   return !image.empty() && row.in_image(image);
@@ -113,9 +142,8 @@ bool few_queries(const Problem& problem) {
 /// The same of blocks of keys: small where a query sees two to four of the large ones, as under a
 /// causal mask at lengths of 512 to 1024. Of packed sequences, those of average length.
 bool few_keys(const Problem& problem) {
-  const int64_t batch = std::max<int64_t>(problem.batch, 1), n = problem.total_q / batch;
-  const double pairs = visible_pairs(n, problem.total_k / batch, problem.mask);
-  return pairs > 256.0 * static_cast<double>(n) && pairs < 513.0 * static_cast<double>(n);
+  const double keys = keys_seen(problem);
+  return keys > 256 && keys < 513;
 }
 
 /// True if row a is the better of two that serve: newer family, plain, then the smaller bucket.
@@ -251,7 +279,7 @@ anyflash_plan plan_on_gpu(const Problem& problem, const anyflash_device& device)
   const auto resident = static_cast<uint32_t>(device.multiprocessors) / cluster * cluster;
   add_launch(plan, *row, ANYFLASH_KERNEL_PRE, stay ? std::max(of_queries, 1u) : of_queries);
   add_launch(plan, *row, ANYFLASH_KERNEL, stay ? std::min(of_keys, resident) : of_keys);
-  add_launch(plan, *row, ANYFLASH_KERNEL_POST, of_queries);
+  if (!last_finishes(problem, *row)) add_launch(plan, *row, ANYFLASH_KERNEL_POST, of_queries);
   const BackwardWorkspace workspace = backward_workspace(problem, *row);
   plan.workspace_offsets[0] = workspace.dq_sum;
   plan.workspace_offsets[1] = workspace.row_stats;
@@ -326,6 +354,11 @@ std::string why_older_family(const Problem& problem, const anyflash_device& devi
 bool runs_as_ptx(const Row& row, const anyflash_device& device) {
   const Availability* known = availability_on(row, device);
   return known && known->ptx;
+}
+
+bool free_order() {
+  const char* const set = std::getenv("ANYFLASH_FREE_ORDER");
+  return set && *set == '1';
 }
 
 anyflash_plan make_plan(const Problem& problem, const anyflash_device& device) {

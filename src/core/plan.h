@@ -10,6 +10,10 @@
 
 namespace anyflash {
 
+/// ANYFLASH_FREE_ORDER=1: without determinism blocks of keys add to dQ in any order, also where the
+/// plan would have them take turns. For verification.
+bool free_order();
+
 /// Decides everything about a validated problem on a device. Throws NotSupported: asked / available
 /// / missing.
 anyflash_plan make_plan(const Problem& problem, const anyflash_device& device);

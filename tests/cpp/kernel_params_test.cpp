@@ -166,7 +166,7 @@ TEST(BackwardParams, CarryTheGradientsAndTheirPlaceInTheWorkspace) {
   Problem problem = dense_backward();
   const Row& row = a_backward_row();
   const auto base = reinterpret_cast<void*>(0x100000);
-  const BackwardParams p = backward_params(problem, row, base);
+  const BackwardParams p = backward_params(problem, row, base, false);
   EXPECT_EQ(p.dout, problem.dout.data);
   EXPECT_EQ(p.dv_out, problem.dv_out.data);
   EXPECT_EQ(p.dq_strides.row, 5);
@@ -180,7 +180,7 @@ TEST(BackwardParams, CarryTheGradientsAndTheirPlaceInTheWorkspace) {
   EXPECT_EQ(p.dq_sum, base);
   EXPECT_EQ(p.turns, nullptr);
   problem.deterministic = true;
-  const BackwardParams ordered = backward_params(problem, row, base);
+  const BackwardParams ordered = backward_params(problem, row, base, true);
   EXPECT_EQ(ordered.key_section.divisor, 6u); // all heads of all sequences
   EXPECT_EQ(ordered.key_section_blocks.divisor, 6 * key_blocks);
   const BackwardWorkspace layout = backward_workspace(problem, row);

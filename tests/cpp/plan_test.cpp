@@ -203,18 +203,32 @@ anyflash_plan backward_on(int compute_capability, const Shape& shape) {
 }
 
 TEST(Plan, TheBackwardIsThreeLaunchesOfOneRow) {
-  const anyflash_plan plan = backward_on(90, {3, 1000, 777, 8, 2, 128, 128});
+  const anyflash_plan plan = backward_on(90, {2, 1000, 7777, 2, 1, 128, 128});
   ASSERT_EQ(plan.launch_count, 3);
   const auto query_blocks = static_cast<uint32_t>((1000 + plan.Br - 1) / plan.Br);
   const int cluster = row_of(plan).cluster(), keys = plan.Bc * cluster; // all or none of a cluster
-  const auto key_blocks = static_cast<uint32_t>((777 + keys - 1) / keys * cluster);
+  const auto key_blocks = static_cast<uint32_t>((7777 + keys - 1) / keys * cluster);
   const anyflash_entry order[] = {ANYFLASH_KERNEL_PRE, ANYFLASH_KERNEL, ANYFLASH_KERNEL_POST};
   for (int i = 0; i < 3; ++i) {
     EXPECT_EQ(plan.launches[i].row, plan.launches[0].row);
     EXPECT_EQ(plan.launches[i].entry, order[i]);
-    EXPECT_EQ(plan.launches[i].grid[0], i == 1 ? key_blocks * 2 * 3 : query_blocks * 8 * 3);
+    EXPECT_EQ(plan.launches[i].grid[0], i == 1 ? key_blocks * 2 : query_blocks * 2 * 2);
   }
   EXPECT_EQ(row_of(plan).op, "backward");
+}
+
+TEST(Plan, OfShortSequencesWhoAddsLastFinishesDq) {
+  EXPECT_EQ(backward_on(90, {3, 1000, 777, 8, 2, 128, 128}).launch_count, 2);
+  EXPECT_EQ(backward_on(80, {3, 1000, 777, 8, 2, 128, 128}).launch_count, 3);
+  Problem causal = validate(
+      backward_of(dense({1, 3000, 3000, 8, 2, 128, 128}, ANYFLASH_BFLOAT16, ANYFLASH_CUDA)));
+  EXPECT_EQ(make_plan(causal, gpu(90)).launch_count, 3);
+  causal.mask.right = 0;
+  EXPECT_EQ(make_plan(causal, gpu(90)).launch_count, 2);
+  const ScopedEnv any_order("ANYFLASH_FREE_ORDER", "1");
+  EXPECT_EQ(make_plan(causal, gpu(90)).launch_count, 3);
+  causal.deterministic = true;
+  EXPECT_EQ(make_plan(causal, gpu(90)).launch_count, 2);
 }
 
 TEST(Plan, TheWorkspaceOfTheBackwardIsLinearInTheSequence) {
@@ -243,11 +257,11 @@ TEST(Plan, TheWorkspaceOfTheBackwardIsLinearInTheSequence) {
 
 TEST(Plan, TheBackwardWritesGradientsOfWhatSeesNothing) {
   const anyflash_plan no_keys = backward_on(90, {1, 100, 0});
-  ASSERT_EQ(no_keys.launch_count, 3); // dQ = 0
+  ASSERT_EQ(no_keys.launch_count, 2); // dQ = 0
   EXPECT_EQ(no_keys.launches[1].grid[0], 0u);
   for (const int capability : {80, 90}) {
     const anyflash_plan no_queries = backward_on(capability, {1, 0, 100});
-    ASSERT_EQ(no_queries.launch_count, 3); // dK = dV = 0
+    ASSERT_EQ(no_queries.launch_count, capability == 90 ? 2 : 3); // dK = dV = 0
     EXPECT_EQ(no_queries.launches[0].grid[0], capability == 90 ? 1u : 0u) << "the counter of 9.0";
     EXPECT_GT(no_queries.launches[1].grid[0], 0u);
   }

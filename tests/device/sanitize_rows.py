@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import re
 import sys
 from dataclasses import dataclass, field
@@ -274,6 +275,7 @@ def main() -> int:
     parser.add_argument("--rows", default="", metavar="TEXT", help="only rows whose name holds it")
     parser.add_argument("--plan-only", metavar="sm_NN", help="no GPU: which rows would be reached")
     arguments = parser.parse_args()
+    os.environ["ANYFLASH_FREE_ORDER"] = "1"  # the plan has dQ of problems so small added in turns
     driver, device = None, None
     if arguments.plan_only:
         device = _library.describe_gpu(int(arguments.plan_only.removeprefix("sm_")))

@@ -211,7 +211,7 @@ TEST_F(LaunchTest, TheBackwardRunsTheEntriesOfItsRowInOrder) {
     EXPECT_EQ(recorded.kernel->image, "three kernels");
     BackwardParams params;
     std::memcpy(&params, recorded.params.data(), sizeof params);
-    const BackwardParams expected = backward_params(problem, row, workspace);
+    const BackwardParams expected = backward_params(problem, row, workspace, false);
     EXPECT_EQ(std::memcmp(&params, &expected, sizeof params), 0);
   }
 }

@@ -54,34 +54,64 @@ protected:
   /// The first row of this warp among the block's keys.
   DEVICE int first_row() const { return (F::by_keys ? index_ * 64 : 0) + warp_index() % 4 * 16; }
 
-  /// Waits for this warpgroup's turn to add, where there are turns. True for the first of all: what
-  /// it would add to was never written.
-  DEVICE bool wait_for_turn(Ring<2> turn) const {
-    if (!p_.turns) return false;
-    mbarrier_wait(barriers_.turn(), turn.stage());
-    return ld_shared(barriers_.turn_of()) == 0;
+  /// Waits for this warpgroup's turn to add, where there are turns.
+  DEVICE void wait_for_turn(Ring<2> at) const {
+    if (p_.turns) mbarrier_wait(barriers_.turn(at.stage()), at.phase());
   }
-  DEVICE void pass_turn_on() const {
-    if (p_.turns) AddersDone<Row>::say();
+  DEVICE void pass_turn_on(Ring<2> at) const {
+    if (p_.turns) warp_arrive(barriers_.added(at.stage()));
   }
-  /// dQ to the sums of its part of the queries; store: it is the first. They lie in the order of
-  /// registers, so that a warp adds to neighbouring addresses. first_tile: of the part's tiles of 8
-  /// columns.
+  /// dQ to the sums of its part of the queries, in whose turn `at` is. They lie in the order of
+  /// registers, so that a warp adds to neighbouring addresses. In turns the first stores, and the
+  /// last finishes dQ. first_tile: of the part's tiles of 8 columns.
   template <int width>
-  DEVICE void add_to_queries(const WarpgroupAccumulator<width>& dq, int64_t first_row, bool store,
+  DEVICE void add_to_queries(WarpgroupAccumulator<width>& dq, Ring<2> at, int64_t first_row,
                              int part, int first_tile = 0) const {
     float* const sum =
         query_sums<Row>(p_, first_row, part, recomputed(threadIdx.x) % warpgroup_size) +
         first_tile * 4 * warpgroup_size;
+    bool first = false;
+    if (p_.turns) {
+      const auto& turn = *reinterpret_cast<const volatile Turn*>(memory_ + F::at.turns +
+                                                                 at.stage() * backward_turn_bytes);
+      first = turn.first;
+      if constexpr (F::finishes)
+        if (turn.last) return finish_queries(dq, first ? nullptr : sum, turn, part, first_tile);
+    }
     UNROLL
     for (int tile = 0; tile < width / 8; ++tile) {
       if (first_tile + tile >= F::q_tiles(part)) continue;
       float* const four = sum + tile * 4 * warpgroup_size;
       const float(&x)[4] = reinterpret_cast<const float(&)[4]>(dq.x[4 * tile]);
-      if (store)
+      if (first)
         *reinterpret_cast<float4*>(four) = {x[0], x[1], x[2], x[3]};
       else
         red_add_4(four, x);
+    }
+  }
+
+  /// dQ with the sums of those before, if there were any.
+  template <int width>
+  DEVICE void finish_queries(WarpgroupAccumulator<width>& dq, const float* sum,
+                             const volatile Turn& turn, int part, int first_tile) const {
+    const int row = warp_index() % 4 * 16 + (F::split_queries ? part * 64 : 0);
+    const int column = (F::split_queries ? 0 : part * F::q_columns) + first_tile * 8;
+    const int tiles = F::q_tiles(part) - first_tile;
+    const RowsOut to = {static_cast<uint16_t*>(p_.dq) + turn.dq_offset + row * p_.dq_strides.row +
+                            column,
+                        p_.dq_strides.row, turn.rows - row, min(p_.d - column, tiles * 8)};
+    UNROLL
+    for (int c = 0; c < dq.columns; c += 8) {
+      UNROLL
+      for (int tile = c / 2; tile < c / 2 + 4; ++tile) {
+        if (!sum || tile >= tiles) continue;
+        const float4 four = *reinterpret_cast<const float4*>(sum + tile * 4 * warpgroup_size);
+        dq.x[4 * tile] += four.x;
+        dq.x[4 * tile + 1] += four.y;
+        dq.x[4 * tile + 2] += four.z;
+        dq.x[4 * tile + 3] += four.w;
+      }
+      store_32_columns<Row>(dq, c, p_.scale, to);
     }
   }
 
@@ -89,9 +119,11 @@ protected:
   template <int width>
   DEVICE void store(const WarpgroupAccumulator<width>& x, float scale, void* matrix, int64_t offset,
                     int64_t row_stride, int rows, int columns, int first_column) const {
-    auto* const to = static_cast<uint16_t*>(matrix) + offset + first_column;
-    store_rows<T>(x, scale, to + first_row() * row_stride, row_stride, rows - first_row(),
-                  columns - first_column);
+    const RowsOut to = {static_cast<uint16_t*>(matrix) + offset + first_column +
+                            first_row() * row_stride,
+                        row_stride, rows - first_row(), columns - first_column};
+    UNROLL
+    for (int c = 0; c < x.columns; c += 8) store_32_columns<Row>(x, c, scale, to);
   }
   template <int width>
   DEVICE void store_key_gradient(const WarpgroupAccumulator<width>& dk, const volatile Work& work,

@@ -77,9 +77,9 @@ private:
     wgmma_wait<more ? 2 : 1>();
     keep(dq.x);
     if (!more) release(barriers_.k_empty(kv_.stage()));
-    const bool store = this->wait_for_turn(shared_stage_);
-    this->add_to_queries(dq, step(q_).first_row, store, index_);
-    this->pass_turn_on();
+    this->wait_for_turn(shared_stage_);
+    this->add_to_queries(dq, shared_stage_, step(q_).first_row, index_);
+    this->pass_turn_on(shared_stage_);
     if (!more && early_store) this->store_value_gradient(dv_, work, first_column_);
     if constexpr (more) {
       start_probability_gradients(dp, o_.next());

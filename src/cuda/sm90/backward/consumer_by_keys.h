@@ -108,9 +108,9 @@ private:
     }
     keep(dq.x);
     if (!more) release(barriers_.k_empty(kv_.stage()));
-    const bool store = this->wait_for_turn(ds_);
-    this->add_to_queries(dq, this->step(q_).first_row, store, index_);
-    this->pass_turn_on();
+    this->wait_for_turn(ds_);
+    this->add_to_queries(dq, ds_, this->step(q_).first_row, index_);
+    this->pass_turn_on(ds_);
     if (!more && early_store) this->store_value_gradient(dv_, work);
     if constexpr (!ahead) this->release_queries(q_.stage());
     if constexpr (ahead && more) {

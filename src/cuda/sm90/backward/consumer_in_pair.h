@@ -48,7 +48,7 @@ private:
     QueryGradient dq;
     const uint32_t parity = shared_stage_.stage(); // of what there is one stage of
     mbarrier_wait(barriers_.o_full(o_.stage()), o_.phase());
-    mbarrier_wait(barriers_.p_full(0), parity);
+    mbarrier_wait(barriers_.p_full(), parity);
     start_value_gradient(dv_, first_column_, o_, 0);
     mbarrier_wait(barriers_.ds_full(shared_stage_.stage()), shared_stage_.phase());
     start_key_gradient(dk_, first_column_);
@@ -69,9 +69,10 @@ private:
     this->release_there(barriers_.ds_empty(shared_stage_.stage()));
     if (last) release(barriers_.k_empty(kv_.stage()));
     if (last) release(barriers_.peer_k_empty());
-    const bool store = this->wait_for_turn(shared_stage_);
-    this->add_to_queries(dq, first_row, store, F::rank(), index_ * (QueryGradient::width / 8));
-    this->pass_turn_on();
+    this->wait_for_turn(shared_stage_);
+    this->add_to_queries(dq, shared_stage_, first_row, F::rank(),
+                         index_ * (QueryGradient::width / 8));
+    this->pass_turn_on(shared_stage_);
     q_.advance();
     o_.advance();
     shared_stage_.advance();

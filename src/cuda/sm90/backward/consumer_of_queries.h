@@ -48,10 +48,9 @@ private:
     for (int left = work.steps; left > 0; --left) {
       mbarrier_wait(barriers_.ds_full(ds_.stage()), ds_.phase());
       const int64_t first_row = at.first_row(work, p_.padded_rows, Row::Br);
-      bool store = false;
       ROLLED
-      for (int part = 0; part < 2; ++part) add_part(part, first_row, store, left == 1);
-      this->pass_turn_on();
+      for (int part = 0; part < 2; ++part) add_part(part, first_row, left == 1);
+      this->pass_turn_on(ds_);
       ds_.advance();
       at.advance(work);
     }
@@ -60,18 +59,18 @@ private:
 
   /// What would be a consumer's part if there were no warpgroup for dQ. dS is free after the
   /// second, and K after that of the last block.
-  DEVICE void add_part(int part, int64_t first_row, bool& store, bool last_block) {
+  DEVICE void add_part(int part, int64_t first_row, bool last_block) {
     typename F::QueryGradient dq;
     start(dq, part);
     wgmma_wait<0>();
     keep(dq.x);
     if (part == 0) {
-      store = this->wait_for_turn(ds_);
+      this->wait_for_turn(ds_);
     } else {
       release(barriers_.ds_empty(ds_.stage()));
       if (last_block) release(barriers_.k_empty(kv_.stage()));
     }
-    this->add_to_queries(dq, first_row, store, part);
+    this->add_to_queries(dq, ds_, first_row, part);
   }
 };
 

@@ -4,6 +4,7 @@
 #include "cuda/attn/key_block.h"
 #include "cuda/attn/query_block.h"
 #include "cuda/ptx/dependent.h"
+#include "cuda/ptx/store.h"
 #include "cuda/sm90/backward/layout.h"
 #include "cuda/sm90/params.h"
 #include "cuda/tile/tile_loader.h"
@@ -19,36 +20,57 @@ DEVICE float* query_sums(const anyflash::BackwardParams& p, int64_t first_row, i
   return p.dq_sum + first_row * Row::d + consumer * (64 * Backward<Row>::q_columns) + thread * 4;
 }
 
-/// Rounds 16 rows of a warp's accumulator, times `scale`, and stores them. The four threads of a
-/// row hold 2 columns each of every 8; they exchange what they have of 32, so that each stores 8
-/// columns, 16 bytes, at a time.
-template <class T, class Fragment>
-DEVICE void store_rows(const Fragment& x, float scale, uint16_t* matrix, int64_t row_stride,
-                       int rows_valid, int columns) {
+/// Rows of a matrix in global memory that one warp of an accumulator's writes, 16 of them.
+struct RowsOut {
+  uint16_t* first;
+  int64_t row_stride;
+  int rows_valid, columns; // that exist from there on
+};
+
+/// Rounds 32 columns of these rows, times `scale`, and stores them; c: the accumulator's first of
+/// them. The four threads of a row hold 2 columns each of every 8; they exchange what they have, so
+/// that each stores 8 columns, 16 bytes.
+template <class Row, class Fragment>
+DEVICE void store_32_columns(const Fragment& x, int c, float scale, const RowsOut& to) {
+  using T = typename Row::T;
   const int lane = lane_index();
   const bool odd = lane & 1, high = lane & 2;
   UNROLL
   for (int r = 0; r < Fragment::rows; ++r) {
-    const int row = Fragment::row(r);
+    uint32_t pairs[4];
     UNROLL
-    for (int c = 0; c < Fragment::columns; c += 8) {
-      uint32_t pairs[4];
-      UNROLL
-      for (int i = 0; i < 4; ++i)
-        pairs[i] = pack<T>(x(r, c + 2 * i) * scale, x(r, c + 2 * i + 1) * scale);
-      // Neighbours: even threads get 8-column tiles 0 and 2, odd ones 1 and 3, two pairs of each.
-      const uint32_t got_0 = __shfl_xor_sync(0xffffffff, odd ? pairs[0] : pairs[1], 1);
-      const uint32_t got_2 = __shfl_xor_sync(0xffffffff, odd ? pairs[2] : pairs[3], 1);
-      const uint2 low = odd ? uint2{got_0, pairs[1]} : uint2{pairs[0], got_0};
-      const uint2 tall = odd ? uint2{got_2, pairs[3]} : uint2{pairs[2], got_2};
-      // Two apart: the lower threads get the rest of tiles 0 and 1, the higher of 2 and 3.
-      const uint32_t rest_x = __shfl_xor_sync(0xffffffff, high ? low.x : tall.x, 2);
-      const uint32_t rest_y = __shfl_xor_sync(0xffffffff, high ? low.y : tall.y, 2);
-      const int column = c * 4 + lane % 4 * 8;
-      if (row < rows_valid && column < columns)
-        *reinterpret_cast<uint4*>(matrix + row * row_stride + column) =
-            high ? uint4{rest_x, rest_y, tall.x, tall.y} : uint4{low.x, low.y, rest_x, rest_y};
-    }
+    for (int i = 0; i < 4; ++i)
+      pairs[i] = pack<T>(x(r, c + 2 * i) * scale, x(r, c + 2 * i + 1) * scale);
+    // Neighbours: even threads get 8-column tiles 0 and 2, odd ones 1 and 3, two pairs of each.
+    const uint32_t got_0 = __shfl_xor_sync(0xffffffff, odd ? pairs[0] : pairs[1], 1);
+    const uint32_t got_2 = __shfl_xor_sync(0xffffffff, odd ? pairs[2] : pairs[3], 1);
+    const uint2 low = odd ? uint2{got_0, pairs[1]} : uint2{pairs[0], got_0};
+    const uint2 tall = odd ? uint2{got_2, pairs[3]} : uint2{pairs[2], got_2};
+    // Two apart: the lower threads get the rest of tiles 0 and 1, the higher of 2 and 3.
+    const uint32_t rest_x = __shfl_xor_sync(0xffffffff, high ? low.x : tall.x, 2);
+    const uint32_t rest_y = __shfl_xor_sync(0xffffffff, high ? low.y : tall.y, 2);
+    const int row = Fragment::row(r), column = c * 4 + lane % 4 * 8;
+    if (row >= to.rows_valid || column >= to.columns) continue;
+    uint16_t* const at = to.first + row * to.row_stride + column;
+    const uint4 eight =
+        high ? uint4{rest_x, rest_y, tall.x, tall.y} : uint4{low.x, low.y, rest_x, rest_y};
+    if constexpr (Backward<Row>::general)
+      *reinterpret_cast<uint4*>(at) = eight; // four neighbouring registers are too many to ask for
+    else
+      store_16(at, eight);
+  }
+}
+
+/// dQ = 0 of a block of queries that see no key: nobody will add to it.
+template <class Row>
+DEVICE void zero_query_gradient(const BackwardParams& p, const QueryBlock<Row>& block) {
+  constexpr int chunks = Row::d / 8; // a row
+  auto* const dq = static_cast<uint16_t*>(p.dq) + block.offset(p.dq_strides);
+  ROLLED
+  for (int i = threadIdx.x; i < Row::Br * chunks; i += Row::end_threads) {
+    const int row = block.first_query + i / chunks, column = i % chunks * 8;
+    if (row < block.rows && column < p.d)
+      *reinterpret_cast<uint4*>(dq + row * p.dq_strides.row + column) = {0, 0, 0, 0};
   }
 }
 
@@ -76,6 +98,8 @@ DEVICE void backward_pre(const BackwardParams& p) {
     for (int i = 0; i < Row::Br * Row::d / 4 / threads; ++i) sum[i * threads] = {0, 0, 0, 0};
   }
   if (p.turns && threadIdx.x == 0) p.turns[first_row / Row::Br] = 0;
+  if (Backward<Row>::finishes && p.turns && block.keys(p).empty())
+    zero_query_gradient<Row>(p, block);
 
   const uint16_t* const o = static_cast<const uint16_t*>(p.o) + block.o_offset;
   const uint16_t* const dout = static_cast<const uint16_t*>(p.dout) + block.offset(p.dout_strides);

@@ -16,6 +16,8 @@ namespace anyflash::sm90 {
 template <class Row>
 struct Backward {
   static constexpr bool general = Row::general;
+  /// Where key blocks add to dQ in turns, the last one finishes it. Not where registers are few.
+  static constexpr bool finishes = !general;
   static constexpr bool by_keys = Row::Bc == 128;
   static constexpr bool apart = Row::warps == 16;
   static constexpr bool dq_apart = apart && by_keys, scores_apart = apart && !by_keys;
@@ -156,6 +158,16 @@ struct Step {
 };
 static_assert(sizeof(Step) <= backward_step_bytes);
 
+/// Of a block of queries whose turn it is: what has become of its sums so far, and where its dQ is.
+/// Written by the warp that looks for turns.
+struct Turn {
+  int64_t dq_offset; // elements to its first query; this and rows only for the last
+  int32_t rows;      // of dQ that exist from there on
+  int32_t first;     // nobody has added: there are no sums yet
+  int32_t last;      // nobody will add after this
+};
+static_assert(sizeof(Turn) <= backward_turn_bytes);
+
 /// The barriers of a thread block: "full" is for those who read, "empty" for who fills anew.
 template <class Row>
 struct BackwardBarriers {
@@ -164,14 +176,12 @@ struct BackwardBarriers {
   DEVICE uint32_t work_full(int slot) const { return begin + 8 * slot; }
   DEVICE uint32_t work_empty(int slot) const { return begin + 16 + 8 * slot; }
   DEVICE uint32_t ds_full(int stage) const { return begin + 32 + 8 * stage; }
-  DEVICE uint32_t turn() const { return begin + 48; }
-  // begin + 56: BackwardShared::finder
-  DEVICE uint32_t work_wanted() const { return begin + 64; }
-  DEVICE uint32_t ds_empty(int stage) const { return begin + 72 + 8 * stage; }
-  DEVICE uint32_t p_full(int stage) const { return begin + 88 + 8 * stage; } // scores apart
-  DEVICE uint32_t turn_of() const { return begin + 104; }                    // an int
-  DEVICE uint32_t ticket() const { return begin + 108; }                     // the same
-  DEVICE uint32_t q_full(int stage) const { return begin + 112 + 8 * stage; }
+  // begin + 48: BackwardShared::finder
+  DEVICE uint32_t work_wanted() const { return begin + 56; }
+  DEVICE uint32_t ds_empty(int stage) const { return begin + 64 + 8 * stage; }
+  DEVICE uint32_t p_full() const { return begin + 80; } // scores apart
+  DEVICE uint32_t ticket() const { return begin + 88; } // an int
+  DEVICE uint32_t q_full(int stage) const { return begin + 96 + 8 * stage; }
   DEVICE uint32_t q_empty(int stage) const { return q_full(Row::q_stages + stage); }
   DEVICE uint32_t o_full(int stage) const { return q_full(2 * Row::q_stages + stage); }
   DEVICE uint32_t o_empty(int stage) const { return o_full(Row::o_stages + stage); }
@@ -186,6 +196,10 @@ struct BackwardBarriers {
   DEVICE uint32_t ticket_full() const { return peer_ds_full(4); }
   DEVICE uint32_t peer_k_full() const { return peer_ds_full(5); }
   DEVICE uint32_t peer_k_empty() const { return peer_ds_full(6); }
+  // Of turns (turns.h): known to the adders; added, known to who passes on; passed on.
+  DEVICE uint32_t turn(int stage) const { return first_of_turns() + 8 * stage; }
+  DEVICE uint32_t added(int stage) const { return turn(2 + stage); }
+  DEVICE uint32_t passed(int stage) const { return turn(4 + stage); }
 
   /// By one thread. others: warps that read Work besides those that load and compute.
   DEVICE void init(int others) const {
@@ -194,10 +208,12 @@ struct BackwardBarriers {
       mbarrier_init(work_empty(i), 1 + F::readers * warpgroup_arrivals + others * warp_arrivals);
       mbarrier_init(ds_full(i), (F::scores_apart ? 1 : F::consumers) * warpgroup_arrivals);
       mbarrier_init(ds_empty(i), F::pair ? 2 * F::adders : 1);
-      mbarrier_init(p_full(i), warpgroup_arrivals);
+      mbarrier_init(turn(i), 1);
+      mbarrier_init(added(i), F::adders * warpgroup_arrivals);
+      mbarrier_init(passed(i), 1);
     }
-    mbarrier_init(turn(), 1);
     mbarrier_init(work_wanted(), 1);
+    mbarrier_init(p_full(), warpgroup_arrivals);
     if constexpr (F::pair) {
       for (int i = 0; i < Row::peer_stages; ++i) mbarrier_init(peer_ds_full(i), 1);
       mbarrier_init(p_empty(), F::consumers);
@@ -215,6 +231,10 @@ struct BackwardBarriers {
 
 private:
   using F = Backward<Row>;
+
+  DEVICE uint32_t first_of_turns() const {
+    return begin + F::at.turns - F::at.barriers + 2 * backward_turn_bytes;
+  }
 
   /// The "full" barriers of a ring, filled by one thread, and then its "empty" ones.
   template <int stages>

@@ -43,10 +43,10 @@ private:
         multiply<true, false>(dq);
       else
         multiply<false, true>(dq);
-      const bool store = this->wait_for_turn(turn_);
       const int64_t first_row = at.first_row(work, p_.padded_rows, Row::Br);
-      this->add_to_queries(dq, first_row, store, F::rank());
-      this->pass_turn_on();
+      this->wait_for_turn(turn_);
+      this->add_to_queries(dq, turn_, first_row, F::rank());
+      this->pass_turn_on(turn_);
       turn_.advance();
       at.advance(in_pair(work).of_pair);
     }

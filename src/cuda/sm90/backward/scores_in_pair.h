@@ -55,7 +55,7 @@ private:
     start_probability_gradients(dp, stage_);
     mbarrier_wait(barriers_.p_empty(), stage_.stage() ^ 1);
     store(p, p_tile(0));
-    announce(barriers_.p_full(0));
+    announce(barriers_.p_full());
     wgmma_wait<0>();
     keep(dp.x);
     release(barriers_.o_empty(stage_.stage()));

@@ -33,9 +33,12 @@ private:
     for (int left = queries.steps; left > 0; --left) {
       if (contains(work, at.i)) send();
       at.advance(queries);
-      if (p_.turns && left < queries.steps) pass_turn_on<Row>(p_, work, before);
+      if (p_.turns && left < queries.steps) pass_turn_on(work, before);
     }
-    if (p_.turns && queries.steps) pass_turn_on<Row>(p_, work, before);
+    if (p_.turns && queries.steps) pass_turn_on(work, before);
+  }
+  DEVICE void pass_turn_on(const volatile Work& work, QueryCursor& at) {
+    sm90::pass_turn_on<Row>(p_, barriers_, work, at, turn_);
   }
 
   /// The columns of this block's part of dQ.
@@ -86,6 +89,7 @@ private:
   uint32_t shared_;
   BackwardBarriers<Row> barriers_;
   Ring<2> ds_;
+  Ring<2> turn_;
   Ring<1> keys_; // of the other block
 };
 

@@ -15,11 +15,14 @@ struct BackwardShared {
   int steps;           // what belongs to a block of queries: as many as stages of Q
   int barriers;
   int finder; // in a gap of the barriers: TicketFinder, two ints
+  int turns;  // two of Turn, and their barriers
   int end;
 };
 
 constexpr int backward_work_bytes(bool pair) { return pair ? 120 : 96; }
 constexpr int backward_step_bytes = 32;
+constexpr int backward_turn_bytes = 24;
+constexpr int backward_turn_barriers = 6;
 
 constexpr BackwardShared backward_shared(int d, int dv, int Br, int Bc, int kv_stages, int q_stages,
                                          int o_stages, int cluster, int peer_stages, int direct_v) {
@@ -38,8 +41,9 @@ constexpr BackwardShared backward_shared(int d, int dv, int Br, int Bc, int kv_s
   at.work = at.stats + q_stages * Br * 8;
   at.steps = at.work + 2 * backward_work_bytes(pair);
   at.barriers = at.steps + q_stages * backward_step_bytes;
-  at.finder = at.barriers + 56;
-  at.end = at.barriers + 112 + 16 * (2 * kv_stages + q_stages + o_stages) + (pair ? 56 : 0);
+  at.finder = at.barriers + 48;
+  at.turns = at.barriers + 96 + 16 * (2 * kv_stages + q_stages + o_stages) + (pair ? 56 : 0);
+  at.end = at.turns + 2 * backward_turn_bytes + 8 * backward_turn_barriers;
   return at;
 }
 
