@@ -52,7 +52,7 @@ private:
       for (int part = 0; part < 2; ++part) add_part(part, first_row, left == 1);
       this->pass_turn_on(ds_);
       ds_.advance();
-      at.advance(work);
+      at.advance(p_);
     }
     kv_.advance();
   }

@@ -129,7 +129,7 @@ struct Work {
   int64_t dk_offset, dv_offset; // elements to the first of these keys
   int32_t rows;                 // of dK and dV that exist from there on
   uint32_t ticket;              // at or past the last: there is no more work
-  int32_t steps; // blocks of queries that see these keys, over all heads of the group
+  int32_t steps;                // blocks of queries that see these keys, over the group's heads
   int32_t first_key;
   int32_t seqlen_q, seqlen_k;
   int32_t diagonal;                         // query i is aligned with key i + diagonal
@@ -137,6 +137,7 @@ struct Work {
   int32_t head, head_k;                     // the first query head of the group, and the key head
   int32_t sequence;
   int32_t batch, first_q, first_k; // where the tensors' rows of the sequence are
+  int32_t last_steps;              // so many steps before the end the loader wants more work
 };
 static_assert(sizeof(Work) <= backward_work_bytes(false));
 

@@ -48,7 +48,7 @@ private:
       this->add_to_queries(dq, turn_, first_row, F::rank());
       this->pass_turn_on(turn_);
       turn_.advance();
-      at.advance(in_pair(work).of_pair);
+      at.advance(p_);
     }
   }
 

@@ -32,7 +32,7 @@ private:
     ROLLED
     for (int left = queries.steps; left > 0; --left) {
       if (contains(work, at.i)) send();
-      at.advance(queries);
+      at.advance(p_);
       if (p_.turns && left < queries.steps) pass_turn_on(work, before);
     }
     if (p_.turns && queries.steps) pass_turn_on(work, before);

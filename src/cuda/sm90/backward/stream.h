@@ -67,20 +67,20 @@ DEVICE const volatile auto& added_queries(const volatile Work& work) {
     return work;
 }
 
-/// The blocks of queries of a key block, one after the other; heads of the group outermost. The
+/// The blocks of queries of a key block, one after the other, each of all heads of the group. The
 /// last queries come first: under a causal mask all blocks of keys then begin with the same ones,
-/// which they find in the L2 cache, and whose dQ nobody waits long for.
+/// which they find in the L2 cache, and whose dQ nobody waits long for. Head by head instead, those
+/// with few queries would wait at each head for those with many.
 struct QueryCursor {
   int i;
   int head; // of the group
 
   template <class Range>
   DEVICE QueryCursor(const volatile Range& queries) : i(queries.end - 1), head(0) {}
-  template <class Range>
-  DEVICE void advance(const volatile Range& queries) {
-    if (--i >= queries.begin) return;
-    i = queries.end - 1;
-    ++head;
+  DEVICE void advance(const BackwardParams& p) {
+    if (++head < static_cast<int>(p.group.divisor)) return;
+    head = 0;
+    --i;
   }
   /// In the workspace.
   DEVICE int64_t first_row(const volatile Work& work, int64_t padded_rows, int Br) const {
@@ -185,6 +185,7 @@ private:
     work.full_end = queries.full_end;
     const bool nothing = block.outside() || queries.empty();
     work.steps = nothing ? 0 : (queries.end - queries.begin) * p_.group.divisor;
+    work.last_steps = 1 + steps_alone(work);
     work.dk_offset = offset(work, p_.dk_strides);
     work.dv_offset = offset(work, p_.dv_strides);
   }
@@ -193,6 +194,13 @@ private:
   /// queries, so that they take turns; not where the order of additions must be the same.
   DEVICE int place_in_pair() const {
     return F::rank() ^ (F::own_queries && !p_.turns ? at_.count & 1 : 0);
+  }
+
+  /// How many steps the other block of the pair is done before this one: it wants more work then.
+  DEVICE int steps_alone(const volatile Work& work) const {
+    if constexpr (!F::own_queries) return 0;
+    const int blocks = in_pair(work).of_peer.begin - work.begin;
+    return max(0, min(blocks * static_cast<int>(p_.group.divisor), work.steps - 1));
   }
 
   template <class Block>
@@ -285,7 +293,7 @@ private:
     ROLLED
     for (int left = work.steps; left > 0; --left) {
       const bool first = left == work.steps;
-      if (left == 1 + steps_alone(work)) mbarrier_arrive(barriers_.work_wanted());
+      if (left == work.last_steps) mbarrier_arrive(barriers_.work_wanted());
       load_queries(work, at);
       if (first)
         load_keys<typename F::KTile>(work, p_.d, &p_.k_map, F::at.k, barriers_.k_full(kv_.stage()),
@@ -296,16 +304,10 @@ private:
                                      barriers_.v_empty(kv_.stage()));
         kv_.advance();
       }
-      at.advance(work);
+      at.advance(p_);
       q_.advance();
       if constexpr (!one_ring) o_.advance();
     }
-  }
-
-  /// How many steps the other block of the pair is done before this one: it wants more work then.
-  DEVICE static int steps_alone(const volatile Work& work) {
-    if constexpr (!F::own_queries) return 0;
-    return max(0, min(in_pair(work).of_peer.begin - work.begin, work.steps - 1));
   }
 
   DEVICE void load_queries(const volatile Work& work, const QueryCursor& at) {

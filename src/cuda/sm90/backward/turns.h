@@ -64,7 +64,7 @@ DEVICE void wait_for_turns(const BackwardParams& p, char* shared_memory) {
       }
       __syncwarp();
       stage.advance();
-      at.advance(queries);
+      at.advance(p);
     }
   });
 }
@@ -79,7 +79,7 @@ DEVICE void pass_turn_on(const BackwardParams& p, const BackwardBarriers<Row>& b
     add_release(turn_of<Row>(p, work, at));
   }
   stage.advance();
-  at.advance(added_queries<Row>(work));
+  at.advance(p);
 }
 
 /// By one warp, until there is no more work.
