@@ -18,21 +18,22 @@ namespace anyflash::sm90 {
 template <class Row>
 DEVICE void consume(const BackwardParams& p, char* shared_memory, int index) {
   using F = Backward<Row>;
-  constexpr int first = F::q_columns, second = Row::d - F::q_columns;
+  constexpr int dk = Row::d - F::k_columns, dv = Row::dv - F::v_columns; // of the second
+  constexpr bool alike = dk == F::k_columns && dv == F::v_columns;
   if constexpr (F::by_keys && F::apart) {
     ConsumerOfKeys<Row>(p, shared_memory, index).run();
   } else if constexpr (F::by_keys) {
     ConsumerByKeys<Row>(p, shared_memory, index).run();
   } else if constexpr (F::pair) {
-    if (first == second || index == 0)
-      ConsumerInPair<Row, first>(p, shared_memory, index).run();
+    if (alike || index == 0)
+      ConsumerInPair<Row, F::k_columns, F::v_columns>(p, shared_memory, index).run();
     else
-      ConsumerInPair<Row, second>(p, shared_memory, index).run();
+      ConsumerInPair<Row, dk, dv>(p, shared_memory, index).run();
   } else {
-    if (first == second || index == 0)
-      ConsumerByColumns<Row, first>(p, shared_memory, index).run();
+    if (alike || index == 0)
+      ConsumerByColumns<Row, F::k_columns>(p, shared_memory, index).run();
     else
-      ConsumerByColumns<Row, second>(p, shared_memory, index).run();
+      ConsumerByColumns<Row, dk>(p, shared_memory, index).run();
   }
 }
 

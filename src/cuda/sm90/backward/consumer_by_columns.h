@@ -23,7 +23,7 @@ class ConsumerByColumns : ProductsByColumns<Row> {
 
 public:
   DEVICE ConsumerByColumns(const BackwardParams& p, char* shared_memory, int index)
-      : Base(p, shared_memory, index), first_column_(index * F::q_columns) {}
+      : Base(p, shared_memory, index), first_column_(index * F::k_columns) {}
 
   DEVICE void run() {
     for_each_work<Row>(p_, memory_, [&](const volatile Work& work) {

@@ -6,10 +6,10 @@
 
 namespace anyflash::sm90 {
 
-/// A consumer warpgroup: `width` columns of dK and dV of this block's 64 keys, and 64 columns of dQ
-/// over the 128 keys of the pair. At head dim 192 the last one of the pair has no columns of dQ
+/// A consumer warpgroup: so many columns of dK and of dV of this block's 64 keys, and 64 of dQ over
+/// the 128 keys of the pair. At head dim 192 the last one of the pair has no columns of dQ
 /// left; it computes those before once more, since no branch may stand between products.
-template <class Row, int width>
+template <class Row, int k_width, int v_width>
 class ConsumerInPair : ProductsByColumns<Row> {
   using Base = ProductsByColumns<Row>;
   using Base::barriers_, Base::index_, Base::kv_, Base::memory_, Base::o_, Base::p_, Base::q_;
@@ -22,15 +22,15 @@ class ConsumerInPair : ProductsByColumns<Row> {
 
 public:
   DEVICE ConsumerInPair(const BackwardParams& p, char* shared_memory, int index)
-      : Base(p, shared_memory, index), first_column_(index * F::q_columns) {}
+      : Base(p, shared_memory, index) {}
 
   DEVICE void run() {
     for_each_work<Row>(p_, memory_, [&](const volatile Work& work) {
       dk_.clear();
       dv_.clear();
       if (work.steps) go_through_queries(work);
-      this->store_value_gradient(dv_, work, first_column_);
-      this->store_key_gradient(dk_, work, first_column_);
+      this->store_value_gradient(dv_, work, first_of_dv());
+      this->store_key_gradient(dk_, work, first_of_dk());
     });
   }
 
@@ -49,9 +49,9 @@ private:
     const uint32_t parity = shared_stage_.stage(); // of what there is one stage of
     mbarrier_wait(barriers_.o_full(o_.stage()), o_.phase());
     mbarrier_wait(barriers_.p_full(), parity);
-    start_value_gradient(dv_, first_column_, o_, 0);
+    start_value_gradient(dv_, first_of_dv(), o_, 0);
     mbarrier_wait(barriers_.ds_full(shared_stage_.stage()), shared_stage_.phase());
-    start_key_gradient(dk_, first_column_);
+    start_key_gradient(dk_, first_of_dk());
     start_query_gradient(dq, F::rank() * F::q_columns + query_column());
     wgmma_wait<2>();
     keep(dv_.x);
@@ -81,6 +81,8 @@ private:
 
   using QueryGradient = WarpgroupAccumulator<64>;
 
+  DEVICE int first_of_dk() const { return index_ * F::k_columns; }
+  DEVICE int first_of_dv() const { return index_ * F::v_columns; }
   /// Of dQ, in this block's part of it.
   DEVICE int query_column() const {
     const int columns = 8 * F::q_tiles(F::rank());
@@ -98,9 +100,9 @@ private:
     wgmma_commit();
   }
 
-  int first_column_;
   Ring<Row::peer_stages> peer_; // of the other block's dS
-  WarpgroupAccumulator<width> dk_, dv_;
+  WarpgroupAccumulator<k_width> dk_;
+  WarpgroupAccumulator<v_width> dv_;
 };
 
 } // namespace anyflash::sm90

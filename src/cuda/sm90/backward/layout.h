@@ -42,7 +42,8 @@ struct Backward {
   static constexpr int apart_registers = by_keys ? 72 : 104;
   static_assert(!scores_apart || pair);
   static_assert(!apart || 24 + 2 * consumer_registers + apart_registers == 512);
-  static_assert(by_keys ? Row::d <= 128 : Row::Bc == 64 && Row::Br == 64 && Row::d == Row::dv);
+  static_assert(by_keys ? Row::d <= 128 : Row::Bc == 64 && Row::Br == 64);
+  static_assert(Row::d == Row::dv || scores_apart && Row::dv == 128);
 
   using QTile = SharedTile<Row::Br, Row::d>;
   using OTile = SharedTile<Row::Br, Row::dv>; // dO
@@ -60,6 +61,9 @@ struct Backward {
   static constexpr bool split_queries = Row::Br == 128;
   static constexpr int q_columns = !by_keys ? 128 : split_queries || Row::d > 64 ? 64 : 32;
   static_assert(split_queries ? Row::d == 64 : Row::Br == 64);
+  /// Columns of dK and of dV of the first consumer where consumers own columns; the second has the
+  /// rest. A product begins at a page of 64 columns.
+  static constexpr int k_columns = 128, v_columns = Row::dv == Row::d ? 128 : Row::dv / 2;
   /// In a pair, a block's part is what would be that of the consumer of its rank. It needs all keys
   /// of the other block, and of these:
   using PeerSTile = SharedTile<64, Row::Bc>; // dS of the part's queries; pages as in STile

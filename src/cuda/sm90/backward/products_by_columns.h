@@ -45,7 +45,7 @@ protected:
       wgmma<T, Major::k, Major::k>(dp.x, a + V::at_columns(k), b + O::at_columns(k), k != 0);
     UNROLL
     for (int k = 0; k < in_registers; ++k)
-      wgmma<T, Major::k>(dp.x, v_.a + 4 * k, b + O::at_columns(in_shared + k), true);
+      wgmma<T, Major::k>(dp.x, v_.a + 4 * k, b + O::at_columns(in_shared + k), in_shared + k != 0);
     wgmma_commit();
   }
 
