@@ -26,9 +26,10 @@ DEVICE void consume(const BackwardParams& p, char* shared_memory, int index) {
     ConsumerByKeys<Row>(p, shared_memory, index).run();
   } else if constexpr (F::pair) {
     if (alike || index == 0)
-      ConsumerInPair<Row, F::k_columns, F::v_columns>(p, shared_memory, index).run();
+      ConsumerInPair<Row, F::k_columns, F::v_columns, F::q_columns - 64>(p, shared_memory, index)
+          .run();
     else
-      ConsumerInPair<Row, dk, dv>(p, shared_memory, index).run();
+      ConsumerInPair<Row, dk, dv, 64>(p, shared_memory, index).run();
   } else {
     if (alike || index == 0)
       ConsumerByColumns<Row, F::k_columns>(p, shared_memory, index).run();

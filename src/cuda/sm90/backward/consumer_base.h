@@ -94,9 +94,8 @@ protected:
   template <int width>
   DEVICE void finish_queries(WarpgroupAccumulator<width>& dq, const float* sum,
                              const volatile Turn& turn, int part, int first_tile) const {
-    const int row = warp_index() % 4 * 16 + (F::split_queries ? part * 64 : 0);
-    const int column = (F::split_queries ? 0 : part * F::q_columns) + first_tile * 8;
-    const int tiles = F::q_tiles(part) - first_tile;
+    const int row = F::part_row(part) + warp_index() % 4 * 16;
+    const int column = F::part_column(part) + first_tile * 8, tiles = F::q_tiles(part) - first_tile;
     const RowsOut to = {static_cast<uint16_t*>(p_.dq) + turn.dq_offset + row * p_.dq_strides.row +
                             column,
                         p_.dq_strides.row, turn.rows - row, min(p_.d - column, tiles * 8)};

@@ -135,7 +135,7 @@ private:
   /// dQ = dS K over the keys of both consumers.
   DEVICE void start_query_gradient(typename F::QueryGradient& dq) {
     const uint64_t a = S::k_major(ds_tile(), F::split_queries ? index_ * 64 : 0);
-    const uint64_t b = K::mn_major(this->k_tile(kv_), F::split_queries ? 0 : index_ * F::q_columns);
+    const uint64_t b = K::mn_major(this->k_tile(kv_), F::part_column(index_));
     wgmma_fence();
     UNROLL
     for (int k = 0; k < Row::Bc / 16; ++k)

@@ -6,10 +6,9 @@
 
 namespace anyflash::sm90 {
 
-/// A consumer warpgroup: so many columns of dK and of dV of this block's 64 keys, and 64 of dQ over
-/// the 128 keys of the pair. At head dim 192 the last one of the pair has no columns of dQ
-/// left; it computes those before once more, since no branch may stand between products.
-template <class Row, int k_width, int v_width>
+/// A consumer warpgroup: so many columns of dK and of dV of this block's 64 keys, and of dQ over
+/// the 128 keys of the pair.
+template <class Row, int k_width, int v_width, int q_width>
 class ConsumerInPair : ProductsByColumns<Row> {
   using Base = ProductsByColumns<Row>;
   using Base::barriers_, Base::index_, Base::kv_, Base::memory_, Base::o_, Base::p_, Base::q_;
@@ -52,7 +51,7 @@ private:
     start_value_gradient(dv_, first_of_dv(), o_, 0);
     mbarrier_wait(barriers_.ds_full(shared_stage_.stage()), shared_stage_.phase());
     start_key_gradient(dk_, first_of_dk());
-    start_query_gradient(dq, F::rank() * F::q_columns + query_column());
+    start_query_gradient(dq, query_column());
     wgmma_wait<2>();
     keep(dv_.x);
     release(barriers_.o_empty(o_.stage()));
@@ -71,7 +70,7 @@ private:
     if (last) release(barriers_.peer_k_empty());
     this->wait_for_turn(shared_stage_);
     this->add_to_queries(dq, shared_stage_, first_row, F::rank(),
-                         index_ * (QueryGradient::width / 8));
+                         (query_column() - F::rank() * F::q_columns) / 8);
     this->pass_turn_on(shared_stage_);
     q_.advance();
     o_.advance();
@@ -79,20 +78,22 @@ private:
     peer_.advance();
   }
 
-  using QueryGradient = WarpgroupAccumulator<64>;
+  using QueryGradient = WarpgroupAccumulator<q_width>;
 
   DEVICE int first_of_dk() const { return index_ * F::k_columns; }
   DEVICE int first_of_dv() const { return index_ * F::v_columns; }
-  /// Of dQ, in this block's part of it.
+  /// The first of dQ. At head dim 192 a block's part is a page of columns and half of the one in
+  /// the middle; the consumer that owns less of dK has the page.
   DEVICE int query_column() const {
-    const int columns = 8 * F::q_tiles(F::rank());
-    return min(index_ * QueryGradient::width, columns - QueryGradient::width);
+    if constexpr (F::q_columns == 96) return q_width == 64 ? F::rank() * 128 : 64 + F::rank() * 32;
+    return F::rank() * F::q_columns + index_ * q_width;
   }
 
   /// dQ += dS K, of the other block's keys.
   DEVICE void add_keys_of_peer(QueryGradient& dq) {
     const uint64_t a = PeerS::mn_major(shared_ + F::at.peer_ds + peer_.stage() * PeerSTile::bytes);
-    const uint64_t b = PeerK::mn_major(shared_ + F::at.peer_k, query_column());
+    const uint64_t b =
+        PeerK::mn_major(shared_ + F::at.peer_k, query_column() - F::first_of_peer_k());
     wgmma_fence();
     UNROLL
     for (int k = 0; k < Row::Bc / 16; ++k)

@@ -28,8 +28,8 @@ protected:
   /// dQ = dS K over all keys of the block.
   DEVICE void start(typename F::QueryGradient& dq, int part) {
     const uint32_t ds = shared_ + F::at.ds + ds_.stage() * F::STile::bytes;
-    const uint64_t a = S::k_major(ds, F::split_queries ? part * 64 : 0);
-    const uint64_t b = K::mn_major(this->k_tile(kv_), F::split_queries ? 0 : part * F::q_columns);
+    const uint64_t a = S::k_major(ds, F::part_row(part));
+    const uint64_t b = K::mn_major(this->k_tile(kv_), F::part_column(part));
     wgmma_fence();
     UNROLL
     for (int k = 0; k < Row::Bc / 16; ++k)

@@ -133,39 +133,32 @@ DEVICE void backward_pre(const BackwardParams& p) {
 template <class Row>
 DEVICE void backward_post(const BackwardParams& p) {
   using F = Backward<Row>;
-  using T = typename Row::T;
-  using Tile = SharedTile<Row::Br, F::split_queries ? 64 : 2 * F::q_columns>;
-  using Fragment = Accumulator<1, F::q_columns / 8>;
   wait_for_kernel_before();
-  __shared__ __align__(1024) char shared_memory[Tile::bytes];
   const QueryBlock<Row> block(p, blockIdx.x);
   if (block.outside()) return;
-  const uint32_t tile = shared_address(shared_memory);
-  const int consumer = warp_index() / 4;
+  const int part = warp_index() / 4;
   const float* const sum =
       query_sums<Row>(p, workspace_row<Row>(p, block.sequence, block.head) + block.first_query,
-                      consumer, threadIdx.x % 128);
+                      part, threadIdx.x % warpgroup_size);
   const bool never_stored = p.turns && block.keys(p).empty();
-  Fragment dq;
+  typename F::QueryGradient dq;
+  dq.clear();
   UNROLL
-  for (int n = 0; n < Fragment::n; ++n) {
-    float4 four = {0, 0, 0, 0};
-    if (n < F::q_tiles(consumer) && !never_stored)
-      four = *reinterpret_cast<const float4*>(sum + n * 4 * 128);
-    dq.x[0][n][0] = four.x * p.scale;
-    dq.x[0][n][1] = four.y * p.scale;
-    dq.x[0][n][2] = four.z * p.scale;
-    dq.x[0][n][3] = four.w * p.scale;
+  for (int tile = 0; tile < F::q_columns / 8; ++tile) {
+    if (tile >= F::q_tiles(part) || never_stored) continue;
+    const float4 four = *reinterpret_cast<const float4*>(sum + tile * 4 * warpgroup_size);
+    dq.x[4 * tile] = four.x;
+    dq.x[4 * tile + 1] = four.y;
+    dq.x[4 * tile + 2] = four.z;
+    dq.x[4 * tile + 3] = four.w;
   }
-  const int row = warp_index() % 4 * 16 + (F::split_queries ? consumer * 64 : 0);
-  const int column = F::split_queries ? 0 : consumer * F::q_columns;
-  store_fragments<T, Tile>(fragment_address<Tile, Fragment>(tile, row, column), dq);
-  __syncthreads();
-  copy_rows<Tile, Row::Br, Row::end_threads, false>(
-      tile, threadIdx.x,
-      static_cast<uint16_t*>(p.dq) + block.offset(p.dq_strides) +
-          int64_t{block.first_query} * p.dq_strides.row,
-      p.dq_strides.row, block.rows - block.first_query, p.d, true);
+  const int row = F::part_row(part) + warp_index() % 4 * 16, column = F::part_column(part);
+  const RowsOut to = {static_cast<uint16_t*>(p.dq) + block.offset(p.dq_strides) +
+                          (int64_t{block.first_query} + row) * p.dq_strides.row + column,
+                      p.dq_strides.row, block.rows - block.first_query - row,
+                      min(p.d - column, F::q_tiles(part) * 8)};
+  UNROLL
+  for (int c = 0; c < dq.columns; c += 8) store_32_columns<Row>(dq, c, p.scale, to);
 }
 
 } // namespace anyflash::sm90

@@ -56,10 +56,11 @@ struct Backward {
   using KeyGradient = WarpgroupAccumulator<Row::d>;
   using ValueGradient = WarpgroupAccumulator<Row::dv>;
 
-  /// A consumer's part of dQ is 64 queries: its own and 64 columns where a block has 128, otherwise
-  /// all, and q_columns columns or what is left of them for the second.
+  /// A part of dQ is 64 queries: a consumer's own where a block has 128; otherwise all, and
+  /// q_columns columns, or what is left of them for the second.
   static constexpr bool split_queries = Row::Br == 128;
-  static constexpr int q_columns = !by_keys ? 128 : split_queries || Row::d > 64 ? 64 : 32;
+  static constexpr int q_columns =
+      by_keys ? (split_queries || Row::d > 64 ? 64 : 32) : (pair ? Row::d / 2 : 128);
   static_assert(split_queries ? Row::d == 64 : Row::Br == 64);
   /// Columns of dK and of dV of the first consumer where consumers own columns; the second has the
   /// rest. A product begins at a page of 64 columns.
@@ -67,10 +68,14 @@ struct Backward {
   /// In a pair, a block's part is what would be that of the consumer of its rank. It needs all keys
   /// of the other block, and of these:
   using PeerSTile = SharedTile<64, Row::Bc>; // dS of the part's queries; pages as in STile
-  using PeerKTile = SharedTile<Row::Bc, split_queries ? Row::d : q_columns>;
+  using PeerKTile = SharedTile<Row::Bc, split_queries ? Row::d : (q_columns + 63) / 64 * 64>;
+  DEVICE static int first_of_peer_k() { return rank() * (Row::d - PeerKTile::columns); }
   using QueryGradient = WarpgroupAccumulator<q_columns>;
-  DEVICE static int q_tiles(int consumer) { // of 8 columns
-    return (split_queries || consumer == 0 ? q_columns : Row::d - q_columns) / 8;
+  /// Of dQ: the first row and the first column of a part, and how many 8-column tiles it has.
+  DEVICE static int part_row(int part) { return split_queries ? part * 64 : 0; }
+  DEVICE static int part_column(int part) { return split_queries ? 0 : part * q_columns; }
+  DEVICE static int q_tiles(int part) {
+    return (split_queries || part == 0 ? q_columns : Row::d - q_columns) / 8;
   }
 
   static constexpr int work_bytes = backward_work_bytes(pair);

@@ -44,7 +44,7 @@ private:
   /// The columns of this block's part of dQ.
   DEVICE void load_keys(const volatile Work& work) {
     using Tile = typename F::PeerKTile;
-    const int column = F::split_queries ? 0 : F::rank() * Tile::columns;
+    const int column = F::first_of_peer_k();
     const int pages = pages_with<Tile>(p_.d, column);
     mbarrier_wait(barriers_.peer_k_empty(), keys_.phase() ^ 1);
     if (lane_index() == 0) {
