@@ -126,7 +126,7 @@ typedef struct anyflash_device {
 } anyflash_device;
 
 /** The kernels of a row's image. The forward has one; the backward prepares (row statistics, fp32
- * sums of dQ), multiplies, and writes dQ. */
+ * sums of dQ), multiplies, and writes dQ, which a plan leaves out where the second has done it. */
 typedef enum anyflash_entry {
   ANYFLASH_KERNEL = 0,
   ANYFLASH_KERNEL_PRE = 1,
