@@ -112,10 +112,13 @@ def test_the_backward_of_every_case_on_every_generation(name, generation):
         assert plan.launch_count == 0
         return
     launches = plan.launches[: plan.launch_count]
-    assert [launch.entry for launch in launches] == [1, 0, 2]  # before, the products, after
     names = {rows[launch.row]["name"] for launch in launches}
     assert len(names) == 1
     (row,) = names
+    # Before, the products, after. Where queries see few keys, Hopper's kernel does what is after.
+    keys = sum(k for _, k in case.packed) / len(case.packed) if case.packed else case.k
+    finishes = "_sm90_plain_" in row and keys < 4096
+    assert [launch.entry for launch in launches] == ([1, 0] if finishes else [1, 0, 2])
     assert row.startswith("backward_") and "_fp16_" in row
     assert ("general" if needs_general(case) else "plain") in row, row
     assert (plan.workspace_bytes > 0) == ("_sm90_" in row or case.q * case.heads > 0)  # its counter
@@ -297,21 +300,21 @@ def test_explain_has_every_part():
 
 
 def test_explain_of_the_backward():
-    text = anyflash.explain(
-        X, X, X, causal=True, deterministic=True, dtype="bfloat16", device="sm_90", backward=True
-    )
+    asked = {"causal": True, "dtype": "bfloat16", "device": "sm_90", "backward": True}
+    text = anyflash.explain(X, X, X, deterministic=True, **asked)
     pairs = 16 * 8192 * 8193 // 2
     for part in (
         "backward, bfloat16, dense: batch 1, seqlen_q 8192",
         "dQ deterministic",
         "backward_sm90_plain_bf16_d128_dv128",
         "before     ",
-        "after      ",
         f"{pairs} visible pairs",
     ):
         assert part in text, text
     floor = 2 * 5 * 128 * pairs / 989e12  # five products
     assert f"floor      {floor * 1e6:.3g} us" in text
+    assert "after      " not in text  # whoever adds to dQ last finishes it
+    assert "after      " in anyflash.explain(X, X, X, **asked)
 
 
 def test_explain_counts_packed_sequences_on_the_cpu():
