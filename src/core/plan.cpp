@@ -94,21 +94,21 @@ double keys_seen(const Problem& problem) {
 /// and no kernel has to. Where there are more, they are faster if nobody waits. Measured:
 /// docs/kernels/sm90_backward.md.
 double keys_in_turns(const Row& row) {
-  if (free_order()) return 0;
   switch (row.d) {
   case 64:
     return 4096;
   case 128:
   case 256:
     return 2048;
-  default: // blocks without a neighbour, and d 192, whose neighbours do not divide its columns
+  default: // 96, 192
     return 512;
   }
 }
 
 bool last_finishes(const Problem& problem, const Row& row) {
-  return row.family == "sm90" && row.variant == "plain" &&
-         (problem.deterministic || keys_seen(problem) < keys_in_turns(row) + 1);
+  if (row.family != "sm90" || row.variant != "plain") return false;
+  if (problem.deterministic) return true;
+  return !free_order() && keys_seen(problem) < keys_in_turns(row) + 1;
 }
 
 bool in_own_image(const Row& row, const anyflash_device& device) {

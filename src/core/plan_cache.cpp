@@ -21,7 +21,7 @@ Key key_of(const Problem& p, const anyflash_device& device) {
           (p.softcap != 0) | p.alibi << 1 | p.aligned << 2 | p.want_lse << 3 |
               (p.seqused_q != nullptr) << 4 | (p.seqused_k != nullptr) << 5 | (p.scale <= 0) << 6 |
               p.deterministic << 7 | p.has_dlse << 8 | why_not_tensor_maps(p).empty() << 9 |
-              free_order() << 10,
+              (p.op == ANYFLASH_BACKWARD && free_order()) << 10,
           device.type, device.index, device.compute_capability, device.multiprocessors,
           device.shared_bytes, device.driver, device.struct_size};
 }

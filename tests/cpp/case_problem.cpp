@@ -44,6 +44,10 @@ void fill(Strided& t, const Case& c, char name, DType values_of, std::mt19937& r
           t.set(t.at(b, row, head, e), rounded(draw(c, name, row, t.rows, random), values_of));
 }
 
+void fill_with_nan(Strided& t) {
+  for (int64_t i = 0; i < t.elements(); ++i) t.set(i, nan);
+}
+
 /// NaN into packed rows outside the used part of every sequence.
 void poison_unused(Strided& t, const Case& c, int Lengths::* length,
                    const std::vector<int32_t>& used) {
@@ -197,9 +201,13 @@ CaseProblem::CaseProblem(const Case& c, DType type, DType values_of)
 }
 
 void CaseProblem::poison() {
-  for (Strided* output : {&o, &dq, &dk, &dv})
-    for (int64_t i = 0; i < output->elements(); ++i) output->set(i, nan);
+  fill_with_nan(o);
   std::fill(lse.begin(), lse.end(), static_cast<float>(nan));
+  poison_gradients();
+}
+
+void CaseProblem::poison_gradients() {
+  for (Strided* gradient : {&dq, &dk, &dv}) fill_with_nan(*gradient);
 }
 
 Problem CaseProblem::problem() {

@@ -47,6 +47,7 @@ struct CaseProblem {
 
   /// NaN into O and L, and into the gradients.
   void poison();
+  void poison_gradients();
 
   /// True if memory of O or of a gradient that belongs to no element was written.
   bool overwritten() const;

@@ -227,6 +227,7 @@ TEST(Plan, OfShortSequencesWhoAddsLastFinishesDq) {
   EXPECT_EQ(make_plan(causal, gpu(90)).launch_count, 2);
   const ScopedEnv any_order("ANYFLASH_FREE_ORDER", "1");
   EXPECT_EQ(make_plan(causal, gpu(90)).launch_count, 3);
+  EXPECT_EQ(backward_on(90, {1, 100, 0}).launch_count, 3); // no keys: fewer than any bound
   causal.deterministic = true;
   EXPECT_EQ(make_plan(causal, gpu(90)).launch_count, 2);
 }
