@@ -63,9 +63,11 @@ sm90::ForwardParams hopper_forward_params(const Problem& problem, const Row& row
                             : tensor_map(instead, {1, 1, 1, d}, dtype, columns, row.Bc);
   };
   p.q_map = tensor_map(problem.q, query_extents(problem, problem.d), dtype, width, row.Br);
-  // Without keys the kernel still loads a block, of which its mask leaves nothing.
+  // Without keys the kernel still loads a block of K, of which its mask leaves nothing.
   p.k_map = keys(problem.k, problem.q, problem.d, width);
-  p.v_map = keys(problem.v, problem.o, problem.dv, width_v);
+  p.v_map = problem.packed ? ragged_tensor_map(problem.v, key_extents(problem, problem.dv), dtype,
+                                               width_v, row.Bc)
+                           : keys(problem.v, problem.o, problem.dv, width_v);
   p.o_map = tensor_map(problem.o, query_extents(problem, problem.dv), dtype, width_o, warp_rows);
   return p;
 }

@@ -1,5 +1,5 @@
-// O = softmax(Q K^T) V for Hopper: one warpgroup copies, the others multiply. Schedule, budgets and
-// experiments: docs/kernels/sm90_forward.md.
+// O = softmax(Q K^T) V for Hopper: the warps of one warpgroup copy, the others multiply. Schedule,
+// budgets and experiments: docs/kernels/sm90_forward.md.
 #pragma once
 
 #include "cuda/attn/mask.h"
@@ -216,8 +216,6 @@ private:
   /// P of the last block.
   DEVICE void first_scores(typename F::Scores& s, typename F::Probabilities& p, int j) {
     float alpha[2];
-    const bool foreign = p_.cu_seqlens_k || tile_.seqlen_k == 0; // what lies behind the last key
-    if (foreign && (j + 1) * Row::Bc > tile_.seqlen_k) clear_values(j);
     wgmma_wait<0>();
     keep(s.x);
     release_operands(j);
@@ -299,21 +297,6 @@ private:
       apply_alibi(s, tile_, slope_, query, key);
     }
     if (on_edge) mask<true>(s, p_, tile_, query, key);
-  }
-
-  /// Rows of V past the end of a packed sequence are another's, or nobody's; their P is 0, but 0
-  /// times NaN is not. Every warpgroup writes the same zeros.
-  DEVICE void clear_values(int j) {
-    using Tile = typename F::VTile;
-    mbarrier_wait(barriers_.v_full(ring_.stage), ring_.parity);
-    const int first = tile_.seqlen_k - j * Row::Bc;
-    constexpr int chunks = Row::dv / 8; // of 16 bytes, a row
-    ROLLED
-    for (int i = first * chunks + threadIdx.x % warpgroup_size; i < Row::Bc * chunks;
-         i += warpgroup_size)
-      st_shared(values(ring_.stage) + Tile::at_chunk(i / chunks, i % chunks), uint4{0, 0, 0, 0});
-    fence_async_shared();
-    meet();
   }
 
   /// O /= l, and L = ln(2^m l) to global memory. Rows without a key, and those past the used
@@ -426,8 +409,10 @@ DEVICE void forward(const ForwardParams& p) {
   if (role == 0) {
     fewer_registers<F::producer_registers>();
     if (warp_index() == 0)
-      ForwardProducer<Row>(p, shared).run();
+      ForwardProducer<Row>(p, shared).copy_queries_and_keys();
     else if (warp_index() == 1)
+      ForwardProducer<Row>(p, shared).copy_values();
+    else if (warp_index() == 2)
       find_tiles<Row>(p, shared);
   } else {
     more_registers<F::consumer_registers>();

@@ -13,7 +13,8 @@ namespace anyflash::sm90 {
 
 template <class Row>
 struct Forward {
-  static constexpr int consumers = Row::Br / 64; // warpgroups that multiply; one more loads
+  static constexpr int consumers = Row::Br / 64; // warpgroups that multiply
+  static constexpr int producers = 2;            // warps that copy, of one more
   static_assert(Row::warps == 4 * (consumers + 1));
 
   using QTile = SharedTile<Row::Br, Row::d>;
@@ -62,11 +63,11 @@ struct ForwardBarriers {
 
   /// By one thread.
   DEVICE void init() const {
-    constexpr int warpgroups = Forward<Row>::consumers;
+    constexpr int warpgroups = Forward<Row>::consumers, producers = Forward<Row>::producers;
     UNROLL
     for (int slot = 0; slot < 2; ++slot) {
       mbarrier_init(tile_full(slot), warp_arrivals);
-      mbarrier_init(tile_empty(slot), warpgroups * warpgroup_arrivals + warp_arrivals);
+      mbarrier_init(tile_empty(slot), warpgroups * warpgroup_arrivals + producers * warp_arrivals);
     }
     UNROLL
     for (int stage = 0; stage < Row::q_stages; ++stage) {

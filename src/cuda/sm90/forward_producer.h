@@ -6,6 +6,7 @@
 #include "cuda/ptx/tma.h"
 #include "cuda/sm90/forward_layout.h"
 #include "cuda/sm90/packed_order.h"
+#include "cuda/sm90/ragged_load.h"
 
 namespace anyflash::sm90 {
 
@@ -36,6 +37,8 @@ DEVICE void find_tiles(const ForwardParams& p, uint32_t shared) {
   } while (tile.sequence >= 0);
 }
 
+/// The copies of every tile of this thread block, keys from the last block down, as stages become
+/// free: K by one warp, V by another, since they become free in another order than they are wanted.
 template <class Row>
 class ForwardProducer {
   using F = Forward<Row>;
@@ -45,41 +48,53 @@ public:
   DEVICE ForwardProducer(const ForwardParams& p, uint32_t shared)
       : p_(p), shared_(shared), barriers_{shared + F::shared.barriers}, tiles_(shared) {}
 
-  /// By one warp: the copies of every tile of this thread block.
-  DEVICE void run() {
+  /// By one warp.
+  DEVICE void copy_queries_and_keys() {
     if (lane_index() == 0) {
       prefetch_tensor_map(&p_.q_map);
       prefetch_tensor_map(&p_.k_map);
-      prefetch_tensor_map(&p_.v_map);
     }
-    QueryTile tile;
-    TileShare share;
     ROLLED
-    while (true) {
-      tiles_.pop(tile, share, 0);
-      if (tile.sequence < 0) break;
-      load(tile, share.begin, share.end_of_tile());
+    while (next_tile()) {
+      if constexpr (F::early_queries) load_queries();
+      ROLLED
+      for (int j = end_ - 1; j >= begin_; --j) {
+        mbarrier_wait(barriers_.k_empty(ring_.stage), ring_.parity ^ 1);
+        load_tile<typename F::KTile>(shared_ + F::shared.k + ring_.stage * F::KTile::bytes,
+                                     p_.k_map, barriers_.k_full(ring_.stage),
+                                     tile_.first_k + j * Row::Bc, key_head(), batch());
+        if (!F::early_queries && j == end_ - 1) load_queries();
+        ring_.next();
+      }
     }
     pretend();
   }
 
-private:
-  /// Starts the copies of a tile, keys from block end - 1 down to begin, as stages become free.
-  DEVICE void load(const QueryTile& tile, int begin, int end) {
-    const int head_k = divide(tile.head, p_.group);
-    const int batch = p_.cu_seqlens_q ? 0 : tile.sequence;
-    if constexpr (F::early_queries) load_queries(tile, batch);
+  /// By one warp.
+  DEVICE void copy_values() {
+    if (lane_index() == 0) prefetch_tensor_map(&p_.v_map);
     ROLLED
-    for (int j = end - 1; j >= begin; --j) {
-      const int key = tile.first_k + j * Row::Bc;
-      load_stage<typename F::KTile>(F::shared.k, p_.k_map, barriers_.k_full(ring_.stage),
-                                    barriers_.k_empty(ring_.stage), key, head_k, batch);
-      if (!F::early_queries && j == end - 1) load_queries(tile, batch);
-      load_stage<typename F::VTile>(0, p_.v_map, barriers_.v_full(ring_.stage),
-                                    barriers_.v_empty(ring_.stage), key, head_k, batch);
-      ring_.next();
+    while (next_tile()) {
+      ROLLED
+      for (int j = end_ - 1; j >= begin_; --j) {
+        mbarrier_wait(barriers_.v_empty(ring_.stage), ring_.parity ^ 1);
+        load_values(j * Row::Bc, barriers_.v_full(ring_.stage));
+        ring_.next();
+      }
     }
   }
+
+private:
+  /// False: there are no more.
+  DEVICE bool next_tile() {
+    TileShare share;
+    tiles_.pop(tile_, share, 0);
+    begin_ = share.begin;
+    end_ = share.end_of_tile();
+    return tile_.sequence >= 0;
+  }
+  DEVICE int key_head() const { return divide(tile_.head, p_.group); }
+  DEVICE int batch() const { return p_.cu_seqlens_q ? 0 : tile_.sequence; }
 
   /// Consumers start a product for the end too: on whatever is there.
   DEVICE void pretend() {
@@ -91,19 +106,28 @@ private:
     }
   }
 
-  DEVICE void load_queries(const QueryTile& tile, int batch) {
+  DEVICE void load_queries() {
     mbarrier_wait(barriers_.q_empty(q_ring_.stage), q_ring_.parity ^ 1);
     load_tile<typename F::QTile>(shared_ + F::shared.q + q_ring_.stage * F::QTile::bytes, p_.q_map,
-                                 barriers_.q_full(q_ring_.stage), tile.first_q + tile.first_query,
-                                 tile.head, batch);
+                                 barriers_.q_full(q_ring_.stage), tile_.first_q + tile_.first_query,
+                                 tile_.head, batch());
     q_ring_.next();
   }
 
-  template <class Tile>
-  DEVICE void load_stage(int begin, const TensorMap& map, uint32_t full, uint32_t empty, int row,
-                         int head, int batch) {
-    mbarrier_wait(empty, ring_.parity ^ 1);
-    load_tile<Tile>(shared_ + begin + ring_.stage * Tile::bytes, map, full, row, head, batch);
+  /// V with zeros behind the last key, where another sequence may lie, or anything: P is 0 there,
+  /// but 0 times NaN is not. Where there are no keys, and in pages without columns, it does not
+  /// matter what V is.
+  DEVICE void load_values(int first_key, uint32_t full) {
+    using Tile = typename F::VTile;
+    const uint32_t values = shared_ + ring_.stage * Tile::bytes;
+    if (!p_.cu_seqlens_k) {
+      load_tile<Tile>(values, p_.v_map, full, tile_.first_k + first_key, key_head(), batch());
+    } else if (lane_index() == 0) {
+      const int pages = tile_.seqlen_k > 0 ? pages_with<Tile>(p_.dv) : 0;
+      mbarrier_arrive_expect(full, pages * Tile::page_bytes);
+      load_rows<Tile>(values, pages, &p_.v_map, full, 0, tile_.first_k, first_key, tile_.seqlen_k,
+                      key_head(), 0);
+    }
   }
 
   /// One box a page; rows and columns outside of the tensor become zeros.
@@ -122,6 +146,8 @@ private:
   uint32_t shared_;
   Barriers barriers_;
   TileQueue<Row> tiles_;
+  QueryTile tile_;
+  int begin_, end_; // of its blocks of keys
   Place<Row::stages> ring_;
   Place<Row::q_stages> q_ring_;
 };

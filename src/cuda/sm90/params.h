@@ -15,7 +15,7 @@ struct alignas(64) TensorMap {
 /// Boxes are one page of a shared tile wide, and Br or Bc rows high, for O the 16 rows of a warp.
 struct ForwardParams : anyflash::ForwardParams {
   TileOrder order;
-  TensorMap q_map, k_map, v_map, o_map;
+  TensorMap q_map, k_map, v_map, o_map; // V of packed sequences: ragged_tensor_map
 };
 
 /// Boxes of one page of a shared tile, Br or Bc rows, whose first rows may be cut off: see

@@ -8,11 +8,11 @@
 #include "cuda/ptx/cluster.h"
 #include "cuda/ptx/copy.h"
 #include "cuda/ptx/ldmatrix.h"
-#include "cuda/ptx/tma.h"
 #include "cuda/ptx/warpgroup.h"
 #include "cuda/sm90/backward/layout.h"
 #include "cuda/sm90/backward/tickets.h"
 #include "cuda/sm90/params.h"
+#include "cuda/sm90/ragged_load.h"
 
 namespace anyflash::sm90 {
 
@@ -228,16 +228,7 @@ private:
   Ring<2> at_;
 };
 
-/// Pages of a tile, from `column` on, that have columns of a tensor of `columns`. Only these are
-/// loaded: the copy engine must not be asked for a box of a ragged map that holds nothing. The
-/// others are zeros from the start.
-template <class Tile>
-DEVICE int pages_with(int columns, int column = 0) {
-  if constexpr (Tile::pages == 1) return 1;
-  return max(0, min(Tile::pages, (columns - column + Tile::page_columns - 1) / Tile::page_columns));
-}
-
-/// Zeroes all tiles, by all threads, where some pages will not be loaded.
+/// Zeroes all tiles, by all threads, where some pages will not be loaded: they have no columns.
 template <class Row>
 DEVICE void zero_missing_pages(const BackwardParams& p, uint32_t shared) {
   using F = Backward<Row>;
@@ -248,20 +239,6 @@ DEVICE void zero_missing_pages(const BackwardParams& p, uint32_t shared) {
   for (int at = threadIdx.x * 16; at < F::at.stats; at += Row::warps * (32 * 16))
     st_shared(shared + at, uint4{0, 0, 0, 0});
   fence_async_shared();
-}
-
-/// Copies `pages` pages of a tile of the columns from `column` and the rows from `row` on of a
-/// sequence that begins at row `first` of a packed tensor and has `length` rows, at least one; rows
-/// past these are zeros. Where none are left it is the last one.
-template <class Tile>
-DEVICE void load_rows(uint32_t tile, int pages, const TensorMap* map, uint32_t barrier, int column,
-                      int first, int row, int length, int head, int batch) {
-  const int valid = max(1, min(Tile::rows, length - row));
-  const int skip = Tile::rows - valid, end = first + min(row, length - 1) + valid;
-  ROLLED
-  for (int page = 0; page < pages; ++page)
-    tma_load_ragged(tile + page * Tile::page_bytes, map, barrier,
-                    column + page * Tile::page_columns, skip, end, head, batch);
 }
 
 /// The thread that starts the copies from global memory.
