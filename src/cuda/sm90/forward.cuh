@@ -2,11 +2,11 @@
 // budgets and experiments: docs/kernels/sm90_forward.md.
 #pragma once
 
-#include "cuda/attn/mask.h"
 #include "cuda/attn/score.h"
 #include "cuda/ptx/mma.h"
 #include "cuda/ptx/stmatrix.h"
 #include "cuda/sm90/forward_producer.h"
+#include "cuda/sm90/mask.h"
 #include "cuda/sm90/softmax.h"
 #include "cuda/tile/tile_store.h"
 
@@ -296,7 +296,7 @@ private:
       apply_softcap(s, p_);
       apply_alibi(s, tile_, slope_, query, key);
     }
-    if (on_edge) mask<true>(s, p_, tile_, query, key);
+    if (on_edge) mask(s, p_, tile_, query, key);
   }
 
   /// O /= l, and L = ln(2^m l) to global memory. Rows without a key, and those past the used
